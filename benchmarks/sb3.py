@@ -1,0 +1,127 @@
+"""Stable-Baselines3 at the hyperparameters of a script here: the other side of every comparison.
+
+    python benchmarks/sb3.py ppo --env-id Hopper-v5 --seed 3
+
+takes the flags of algos/ppo.py, the environment's recommended settings included, and translates every one of
+them. It leaves a run directory of the same form (args.json, monitor.csv, model.zip) and prints the same lines.
+"""
+
+import hashlib
+import inspect
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import stable_baselines3
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
+
+
+def ppo_model(args, env: VecEnv) -> PPO:
+    """SB3's PPO with every hyperparameter of algos/ppo.py's Args."""
+    batch_size = args.num_envs * args.num_steps
+
+    def schedule(value: float, anneal: bool):
+        # SB3 reads its schedules after a rollout, algos/ppo.py before it: one rollout's progress lies between.
+        return lambda remaining: value * (remaining + batch_size / args.total_timesteps if anneal else 1.0)
+
+    return PPO(
+        "MlpPolicy",
+        env,
+        learning_rate=schedule(args.learning_rate, args.anneal_lr),
+        n_steps=args.num_steps,
+        batch_size=batch_size // args.num_minibatches,
+        n_epochs=args.update_epochs,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+        clip_range=schedule(args.clip_coef, args.anneal_clip),
+        clip_range_vf=args.clip_value,
+        normalize_advantage=args.normalize_advantages,
+        ent_coef=args.ent_coef,
+        vf_coef=args.vf_coef,
+        max_grad_norm=args.max_grad_norm,
+        target_kl=args.target_kl,
+        policy_kwargs=dict(
+            net_arch=list(args.hidden_sizes),
+            activation_fn=torch.nn.Tanh,
+            log_std_init=args.log_std_init,
+            optimizer_kwargs=dict(eps=1e-5),
+        ),
+        seed=args.seed,
+        device="cpu",
+    )
+
+
+MODELS = {"ppo": ppo_model}
+
+
+def code_sha256(*objects) -> str:
+    """Of the given functions' source: a baseline changes only when what builds and runs it does."""
+    return hashlib.sha256("".join(inspect.getsource(x) for x in objects).encode()).hexdigest()
+
+
+class ProgressBar(BaseCallback):
+    """tqdm over the run's steps."""
+
+    def __init__(self, total: int):
+        super().__init__()
+        self.bar = tqdm(total=total, unit="step")
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps - self.bar.n >= 1000:
+            self.bar.update(self.num_timesteps - self.bar.n)
+        return True
+
+
+def make_env(args, num_envs: int, monitor: Path | None = None, statistics: VecNormalize | None = None) -> VecEnv:
+    """SB3's vector environments, monitored before rewards are normalised; `statistics` to evaluate with, frozen."""
+    env = DummyVecEnv([lambda: gym.make(args.env_id) for _ in range(num_envs)])
+    env = VecMonitor(env, str(monitor) if monitor else None)
+    observations, rewards = args.normalize_observations, args.normalize_rewards
+    if observations or rewards:
+        env = VecNormalize(env, statistics is None, observations, rewards and statistics is None, gamma=args.gamma)
+        if statistics is not None and observations:
+            env.obs_rms = statistics.obs_rms
+    return env
+
+
+def train(algo: str, args) -> dict:
+    """Trains SB3's `algo`, evaluates it as algos/ does; returns {"run_dir", "returns"}."""
+    torch.set_num_threads(args.torch_threads)
+    name = f"{args.env_id.replace('/', '-')}__{algo}-sb3__{args.seed}__{time.time_ns() // 1000}"
+    run_dir = Path(args.output_dir) / name
+    run_dir.mkdir(parents=True)
+    env = make_env(args, args.num_envs, run_dir / "monitor.csv")
+    model: BaseAlgorithm = MODELS[algo](args, env)
+    versions = {m.__name__: m.__version__ for m in (stable_baselines3, torch, gym, np)}
+    versions["python"] = platform.python_version()
+    about = {"algo": f"{algo}-sb3", "args": asdict(args), "versions": versions}
+    (run_dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+    model.learn(args.total_timesteps, callback=ProgressBar(args.total_timesteps))
+    model.save(run_dir / "model.zip")
+
+    eval_env = make_env(args, args.eval_episodes, statistics=env)
+    eval_env.seed(args.seed + 1_000_000)
+    returns, _ = evaluate_policy(model, eval_env, args.eval_episodes, return_episode_rewards=True)
+    print(f"evaluation: {np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} episodes")
+    print(f"run directory: {run_dir}")
+    return {"run_dir": run_dir, "returns": np.array(returns)}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in MODELS:
+        sys.exit(f"usage: python benchmarks/sb3.py {{{','.join(MODELS)}}} [the flags of algos/ALGO.py]")
+    algo = sys.argv[1]
+    train(algo, __import__(algo).parse_args(sys.argv[2:]))
