@@ -6,8 +6,6 @@ takes the flags of algos/ppo.py, the environment's recommended settings included
 them. It leaves a run directory of the same form (args.json, monitor.csv, model.zip) and prints the same lines.
 """
 
-import hashlib
-import inspect
 import json
 import platform
 import sys
@@ -65,11 +63,6 @@ def ppo_model(args, env: VecEnv) -> PPO:
 
 
 MODELS = {"ppo": ppo_model}
-
-
-def code_sha256(*objects) -> str:
-    """Of the given functions' source: a baseline changes only when what builds and runs it does."""
-    return hashlib.sha256("".join(inspect.getsource(x) for x in objects).encode()).hexdigest()
 
 
 class ProgressBar(BaseCallback):

@@ -1,0 +1,378 @@
+"""Runs a suite of benchmarks/suites.py, here and in Stable-Baselines3, and records it in benchmarks/results/.
+
+    python benchmarks/run.py smoke                              # 4 short runs, about a minute
+    python benchmarks/run.py classic --workers 2                # again after a kill: goes on where it was
+    python benchmarks/run.py mujoco --only Hopper --dry-run     # what it would do
+    python benchmarks/run.py classic --rerun-changed            # measures anew what older code has measured
+
+Each cell (implementation, algorithm, environment, seed, steps) is one process with the command that a user would
+type. Its run directory and output are in a folder of its own in --work; a cell that has finished there is recorded
+and not run again. A row of results/runs.csv holds the command, the versions and two hashes: of the script's bytes,
+and of its code without comments and docstrings, which says whether the row still describes the code.
+"""
+
+import ast
+import ctypes
+import functools
+import glob
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, astuple, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pandas as pd
+import stable_baselines3
+import tyro
+from sb3 import MODELS
+from suites import SUITES
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+EVALUATION = re.compile(r"^evaluation: (\S+) ± (\S+) over (\d+) episodes\nrun directory: (.+)$", re.MULTILINE)
+"""The last two lines of a run that has finished."""
+
+
+@dataclass
+class Args:
+    suite: tyro.conf.Positional[str]
+    """suite of benchmarks/suites.py"""
+    workers: int = 1
+    """runs at a time; each uses one thread"""
+    only: str = ""
+    """only cells with this in their name, IMPL__ALGO__ENV__SEED: ppo, Hopper, sb3__ppo, …"""
+    rerun_changed: bool = False
+    """measure anew the recorded cells whose code has changed since"""
+    dry_run: bool = False
+    """list the cells, start nothing"""
+    work: Path = ROOT / "runs" / "benchmarks"
+    """folder of the cells' run directories and output"""
+    results: Path = RESULTS
+    """folder of runs.csv and episodes/"""
+
+
+# Cells ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def script_args(algo: str, env_id: str) -> dict:
+    """The flags that algos/{algo}.py takes for `env_id` alone."""
+    return asdict(importlib.import_module(algo).parse_args(["--env-id", env_id]))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. These fields are the key of its row in runs.csv."""
+
+    impl: str
+    algo: str
+    env_id: str
+    seed: int
+    total_timesteps: int
+
+    @property
+    def steps_if_unusual(self) -> list[str]:
+        """[total_timesteps] where it is not what the script takes by itself, else []."""
+        default = script_args(self.algo, self.env_id)["total_timesteps"]
+        return [] if self.total_timesteps == default else [str(self.total_timesteps)]
+
+    @property
+    def name(self) -> str:
+        """Name of its folder in --work and of its file in results/episodes/."""
+        parts = [self.impl, self.algo, self.env_id.replace("/", "-"), str(self.seed), *self.steps_if_unusual]
+        return "__".join(parts)
+
+    @property
+    def script(self) -> str:
+        """Path of what runs it, from the repository's root."""
+        return "benchmarks/sb3.py" if self.impl == "sb3" else f"algos/{self.algo}.py"
+
+    @property
+    def command(self) -> list[str]:
+        """What a user would type to run it."""
+        command = ["python", self.script] + ([self.algo] if self.impl == "sb3" else [])
+        command += ["--env-id", self.env_id, "--seed", str(self.seed)]
+        return command + ["--total-timesteps", *self.steps_if_unusual] if self.steps_if_unusual else command
+
+
+KEY = [field.name for field in fields(Cell)]
+
+
+def cells_of(suite: str) -> list[Cell]:
+    """The suite's cells; both implementations of a seed next to each other, so that they share the machine's load."""
+    return [
+        Cell(impl, algo, env_id, seed, entry.total_timesteps or script_args(algo, env_id)["total_timesteps"])
+        for entry in SUITES[suite]
+        for algo in entry.algos
+        for seed in entry.seeds
+        for env_id in entry.env_ids
+        for impl in entry.implementations
+        if impl == "ours" or algo in MODELS
+    ]
+
+
+# Which code has run -----------------------------------------------------------------------------------------
+
+
+def script_sha256(cell: Cell) -> str:
+    """Of the bytes of the cell's script as it is now."""
+    return hashlib.sha256((ROOT / cell.script).read_bytes()).hexdigest()
+
+
+def source_sha256(impl: str, algo: str) -> str:
+    """Of the syntax tree, without docstrings, of algos/{algo}.py or of the functions of sb3.py that run `algo`."""
+    path = ROOT / "algos" / f"{algo}.py" if impl == "ours" else ROOT / "benchmarks" / "sb3.py"
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "body", None), list):  # a bare string is a docstring, also below a field
+            node.body = [x for x in node.body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+    if impl == "sb3":
+        functions = {MODELS[algo].__name__, "make_env", "train"}
+        tree.body = [node for node in tree.body if getattr(node, "name", None) in functions]
+    # Python 3.13 leaves empty fields out, older versions write them: out with them, for one hash everywhere.
+    dump = re.sub(r"(, )?\w+=(\[\]|Load\(\))", "", ast.dump(tree)).replace("(, ", "(")
+    return hashlib.sha256(dump.encode()).hexdigest()
+
+
+def code_sha256(impl: str, source: str, args: dict, sb3_version: str) -> str:
+    """`source` of source_sha256 alone, or for SB3 with the run's flags and SB3's version, which make the run too."""
+    if impl == "ours":
+        return source
+    args = {k: v for k, v in args.items() if k not in ("output_dir", "seed")}
+    return hashlib.sha256(json.dumps([source, args, sb3_version], sort_keys=True).encode()).hexdigest()
+
+
+def present_code(cell: Cell, sb3_version: str = stable_baselines3.__version__) -> str:
+    """code_sha256 of the cell if it were run now."""
+    args = script_args(cell.algo, cell.env_id) | {"total_timesteps": cell.total_timesteps}
+    return code_sha256(cell.impl, source_sha256(cell.impl, cell.algo), args, sb3_version)
+
+
+def code_that_ran(cell: Cell, folder: Path, run_dir: Path) -> dict[str, str]:
+    """code_sha256 and script_sha256 of a run that has been started, from meta.json, written at its launch.
+
+    A run started by hand has none: then today's code is taken for it, unless args.json has the hash of another
+    script. (sb3.py writes no hash there, so a baseline started by hand counts as one of today's sb3.py.)
+    """
+    about = json.loads((run_dir / "args.json").read_text())
+    now = script_sha256(cell)
+    meta = {"source_sha256": source_sha256(cell.impl, cell.algo), "script_sha256": now}
+    if (folder / "meta.json").exists():
+        meta = json.loads((folder / "meta.json").read_text())
+    elif about.get("script_sha256", now) != now:
+        return {"code_sha256": "unknown", "script_sha256": about["script_sha256"]}
+    code = code_sha256(cell.impl, meta["source_sha256"], about["args"], about["versions"].get("stable_baselines3", ""))
+    return {"code_sha256": code, "script_sha256": about.get("script_sha256", meta["script_sha256"])}
+
+
+# Results ----------------------------------------------------------------------------------------------------
+
+
+def read_runs(results: Path) -> pd.DataFrame:
+    """runs.csv, indexed by KEY; empty before the first recording."""
+    path = results / "runs.csv"
+    return (pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)).set_index(KEY).sort_index()
+
+
+def sb3_version(row: pd.Series) -> str:
+    """Stable-Baselines3's version in a row of runs.csv; "" for a run of ours."""
+    return dict(x.split("=") for x in row["versions"].split()).get("stable_baselines3", "")
+
+
+def evaluation(folder: Path) -> re.Match | None:
+    """mean, deviation, episodes and run directory that a finished run printed; None while it has not."""
+    path = folder / "stdout.txt"
+    return EVALUATION.search(path.read_text()) if path.exists() else None
+
+
+def record(cell: Cell, folder: Path, results: Path) -> None:
+    """Writes results/episodes/{cell}.csv.gz, then the cell's row of results/runs.csv."""
+    mean, std, episodes, run_dir = evaluation(folder).groups()
+    run_dir = folder / Path(run_dir).name
+    monitor = pd.read_csv(run_dir / "monitor.csv", comment="#")
+    versions = json.loads((run_dir / "args.json").read_text())["versions"]
+    seconds = monitor["t"].iloc[-1]
+    row = {
+        "eval_mean": float(mean),
+        "eval_std": float(std),
+        "eval_episodes": int(episodes),
+        "steps_per_second": round(monitor["l"].sum() / seconds, 1),
+        "seconds": round(seconds, 1),
+        **code_that_ran(cell, folder, run_dir),
+        "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
+        "date": datetime.fromtimestamp((folder / "stdout.txt").stat().st_mtime, timezone.utc).date().isoformat(),
+        "command": " ".join(cell.command),
+    }
+    (results / "episodes").mkdir(parents=True, exist_ok=True)
+    monitor.round({"r": 3, "t": 2}).to_csv(
+        results / "episodes" / f"{cell.name}.csv.gz", index=False, compression={"method": "gzip", "mtime": 0}
+    )
+    index = pd.MultiIndex.from_tuples([astuple(cell)], names=KEY)
+    runs = read_runs(results).drop(index=[astuple(cell)], errors="ignore")
+    row = pd.DataFrame([row], index=index)
+    (row if runs.empty else pd.concat([runs, row])).sort_index().to_csv(results / "runs.csv.tmp")
+    os.replace(results / "runs.csv.tmp", results / "runs.csv")  # a kill leaves the old file whole
+
+
+# Running ----------------------------------------------------------------------------------------------------
+
+
+def in_use(path: Path) -> bool:
+    """Whether a living process has this file as its standard output (known on Linux; elsewhere False)."""
+    for stdout in glob.glob("/proc/[0-9]*/fd/1"):
+        try:
+            if os.readlink(stdout) == str(path):
+                return True
+        except OSError:  # it has just ended, or is another user's
+            continue
+    return False
+
+
+def state(cell: Cell, folder: Path) -> tuple[str, Path | None]:
+    """("in use" | "finished" | "started" | "new", run directory): how far the cell is in the work folder."""
+    if in_use(folder / "stdout.txt"):
+        return "in use", None
+    if match := evaluation(folder):
+        return "finished", folder / Path(match[4]).name
+    checkpoints = sorted(folder.glob("*/checkpoint.pt"), key=os.path.getmtime)
+    return ("started", checkpoints[-1].parent) if checkpoints and cell.impl == "ours" else ("new", None)
+
+
+def plan(cell: Cell, folder: Path, runs: pd.DataFrame, rerun_changed: bool) -> tuple[str, Path | None]:
+    """("skip" | "in use" | "record" | "resume" | "run", run directory): what there is to do for the cell."""
+    now = present_code(cell)
+    recorded = astuple(cell) in runs.index
+    if recorded and not (rerun_changed and runs.loc[astuple(cell), "code_sha256"] != now):
+        return "skip", None
+    found, run_dir = state(cell, folder)
+    if found in ("in use", "new"):
+        return {"in use": "in use", "new": "run"}[found], None
+    unchanged = code_that_ran(cell, folder, run_dir)["code_sha256"] == now
+    if found == "finished":
+        return ("record", run_dir) if unchanged or not rerun_changed else ("run", None)
+    return ("resume", run_dir) if unchanged else ("run", None)  # half of a run with one code, half with another: no
+
+
+def die_with_parent() -> None:
+    """In the child: Linux kills it when this process ends, however that ends."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def launch(cell: Cell, folder: Path, run_dir: Path | None) -> subprocess.Popen:
+    """Starts the cell's process, afresh or going on in `run_dir`."""
+    if run_dir is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        meta = {"source_sha256": source_sha256(cell.impl, cell.algo), "script_sha256": script_sha256(cell)}
+        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        command = [*cell.command[1:], "--output-dir", str(folder)]
+    else:
+        command = [cell.script, "--resume", str(run_dir)]
+    with open(folder / "stdout.txt", "w") as stdout, open(folder / "stderr.txt", "w") as stderr:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            stdout=stdout,
+            stderr=stderr,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the others in order
+            preexec_fn=die_with_parent,
+        )
+
+
+def last_line(text: str) -> str:
+    """The last line with words on it, without the frames that tyro draws."""
+    lines = [line.strip("│ ") for line in text.splitlines() if any(c.isalnum() for c in line)]
+    return lines[-1] if lines else ""
+
+
+def problem(folder: Path, code: int) -> str:
+    """What a failed run said last, and where the rest is."""
+    log = folder / "stderr.txt"
+    return f"{folder.name}: {last_line(log.read_text()) or f'exit code {code}'} (all of it: {log})"
+
+
+def run(todo: list[Cell], args: Args) -> int:
+    """Runs and records the cells, `args.workers` at a time. Returns how many have failed."""
+    failed, running, queue = 0, {}, list(todo)
+    runs = read_runs(args.results)
+    bar = tqdm(total=len(todo), unit="run", smoothing=0, desc=args.suite)
+
+    def done(message: str | None = None) -> None:
+        nonlocal failed
+        if message:
+            failed += 1
+            bar.write(message, file=sys.stderr)
+        bar.set_postfix(failed=failed, refresh=False)
+        bar.update()
+
+    try:
+        while queue or running:
+            while queue and len(running) < args.workers:
+                cell = queue.pop(0)
+                folder = args.work / cell.name
+                what, run_dir = plan(cell, folder, runs, args.rerun_changed)
+                if what in ("run", "resume"):
+                    running[launch(cell, folder, run_dir)] = cell
+                elif what == "in use":
+                    done(f"{cell.name}: another process is at it, writing {folder}; start again when it has ended")
+                else:
+                    if what == "record":
+                        record(cell, folder, args.results)
+                    done()
+            for process in [process for process in running if process.poll() is not None]:
+                cell = running.pop(process)
+                folder = args.work / cell.name
+                if evaluation(folder):
+                    record(cell, folder, args.results)
+                    done()
+                else:
+                    done(problem(folder, process.returncode))
+            time.sleep(0.2)
+    finally:
+        for process in running:
+            process.terminate()  # the scripts of algos/ write a checkpoint first
+        for process in running:
+            process.wait()
+        bar.close()
+    return failed
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    args.work, args.results = args.work.resolve(), args.results.resolve()
+    if args.suite not in SUITES:
+        sys.exit(f"{args.suite}: no such suite; benchmarks/suites.py has {', '.join(SUITES)}")
+    if args.workers < 1:
+        sys.exit(f"--workers {args.workers}: must be at least 1")
+    todo = [cell for cell in cells_of(args.suite) if args.only in cell.name]
+    if not todo:
+        sys.exit(f"--only {args.only}: in no cell's name; one is {cells_of(args.suite)[0].name}")
+    if args.dry_run:
+        runs = read_runs(args.results)
+        for cell in todo:
+            print(f"{plan(cell, args.work / cell.name, runs, args.rerun_changed)[0]:6}  {' '.join(cell.command)}")
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        failed = run(todo, args)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    if failed:
+        sys.exit(f"{failed} of {len(todo)} failed; the same command tries them again")
+
+
+if __name__ == "__main__":
+    main()

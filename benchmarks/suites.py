@@ -1,0 +1,25 @@
+"""What benchmarks/run.py measures and benchmarks/report.py reports: plain data."""
+
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """Every algorithm on every environment with every seed, here and in Stable-Baselines3."""
+
+    algos: list[str]
+    """scripts of algos/"""
+    env_ids: list[str]
+    """gymnasium environments"""
+    seeds: range
+    """seeds of the runs"""
+    total_timesteps: int | None = None
+    """environment steps; None: the script's own default for the environment"""
+    implementations: tuple[str, ...] = ("ours", "sb3")
+    """sides to run; "sb3" is left out for an algorithm that benchmarks/sb3.py has no counterpart of"""
+
+
+SUITES: dict[str, list[Entry]] = {
+    "smoke": [Entry(["ppo"], ["CartPole-v1"], range(1, 3), 5_000)],
+    "classic": [Entry(["ppo"], ["CartPole-v1", "Acrobot-v1", "Pendulum-v1"], range(1, 11), 100_000)],
+    "mujoco": [Entry(["ppo"], ["HalfCheetah-v5", "Hopper-v5"], range(1, 4), 1_000_000)],
+}

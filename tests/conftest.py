@@ -1,0 +1,74 @@
+"""Small environments whose values are known in closed form."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+
+
+class OneState(gym.Env):
+    """One state, reward 1 for ever: with γ = 0.99 its value is 100. `action` is Discrete or Box."""
+
+    def __init__(self, action: str = "discrete", observation: str = "box"):
+        spaces = {"box": Box(-1, 1, (1,)), "discrete": Discrete(3, start=2), "dict": Dict(a=Discrete(2))}
+        self.observation_space = spaces[observation]
+        actions = {"discrete": Discrete(2), "box": Box(-1, 1, (1,)), "multi": MultiDiscrete([2, 2])}
+        self.action_space = actions[action]
+
+    def observe(self):
+        return np.zeros(1, np.float32) if isinstance(self.observation_space, Box) else 3
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action} is not in {self.action_space}"
+        return self.observe(), 1.0, False, False, {}
+
+
+class OneStateTerminal(OneState):
+    """The same, but each tenth step is terminal."""
+
+    def reset(self, **kwargs):
+        self.steps = 0
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        self.steps += 1
+        obs, reward, _, truncated, info = super().step(action)
+        return obs, reward, self.steps == 10, truncated, info
+
+
+class Faulty(OneState):
+    """Goes wrong at its 300th step: a reward or an observation that is not finite."""
+
+    def __init__(self, fault: str):
+        super().__init__()
+        self.fault, self.steps = fault, 0
+
+    def step(self, action):
+        self.steps += 1
+        obs, reward, *rest = super().step(action)
+        bad = self.steps >= 300
+        return (
+            obs + np.nan if bad and self.fault == "obs" else obs,
+            np.inf if bad and self.fault == "reward" else reward,
+            *rest,
+        )
+
+
+gym.register("OneState-v0", OneState, max_episode_steps=10)
+gym.register("OneStateTerminal-v0", OneStateTerminal)
+gym.register("OneStateBox-v0", OneState, max_episode_steps=10, kwargs={"action": "box"})
+gym.register("OneStateDiscrete-v0", OneState, max_episode_steps=10, kwargs={"observation": "discrete"})
+gym.register("OneStateDict-v0", OneState, max_episode_steps=10, kwargs={"observation": "dict"})
+gym.register("OneStateMulti-v0", OneState, max_episode_steps=10, kwargs={"action": "multi"})
+gym.register("BadReward-v0", Faulty, max_episode_steps=10, kwargs={"fault": "reward"})
+gym.register("BadObservation-v0", Faulty, max_episode_steps=10, kwargs={"fault": "obs"})
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_dir(tmp_path, monkeypatch):
+    """Every test runs in a folder of its own, so that runs/ never lands in the repository."""
+    monkeypatch.chdir(tmp_path)
