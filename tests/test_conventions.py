@@ -127,6 +127,7 @@ def test_readme_mentions_only_files_that_exist():
     links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", readme) if "://" not in link} - {""}
     folders = [ROOT, ROOT / "algos", ROOT / "benchmarks", ROOT / "tests"]
     missing = [path for path in paths | links if not (ROOT / path).exists()]
+    names = {name for name in names if not name.startswith("my_")}  # a reader's own copy
     missing += [name for name in names if not any((folder / name).exists() for folder in folders)]
     assert not missing, f"README.md mentions {sorted(missing)}, which do not exist"
 
