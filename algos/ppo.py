@@ -37,7 +37,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -197,11 +197,11 @@ def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
 
 
 class ActorCritic(nn.Module):
-    """Policy π(a|s) and value V(s): two networks, nothing shared but the observation's encoding.
+    """Policy π(a|s) and value V(s): two networks that share nothing but the encoding of observations.
 
-    Observations are (…, D) float32 for a Box, (…,) int64 for a Discrete space; actions (…, A) float32, unclipped,
-    for a Box, (…,) indices from 0 for a Discrete space. `forward` is the deterministic policy and returns what the
-    environment takes, as `to_env` does.
+    Observations are (…, D) float32 for a Box, (…,) int64 for a Discrete space, and states s (…, D) what `encode`
+    makes of them; actions are (…, A) float32, unclipped, for a Box, (…,) indices from 0 for a Discrete space.
+    `forward` is the deterministic policy, from observations to what the environment takes.
     """
 
     def __init__(self, observation_space, action_space, hidden_sizes, normalize_observations=False, log_std_init=0.0):
@@ -221,29 +221,28 @@ class ActorCritic(nn.Module):
             self.register_buffer("high", torch.as_tensor(action_space.high))
 
     def encode(self, obs: Tensor) -> Tensor:
-        """What the networks see: one-hot for a Discrete space, normalised by the running statistics if asked for."""
+        """Observations → states: one-hot for a Discrete space, normalised by the running statistics if asked for."""
         if self.one_hot:
             return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
         return obs if self.observation_statistics is None else self.observation_statistics.normalize(obs)
 
-    def value(self, obs: Tensor) -> Tensor:
+    def value(self, states: Tensor) -> Tensor:
         """V(s), shape (…,)."""
-        return self.critic(self.encode(obs)).squeeze(-1)
+        return self.critic(states).squeeze(-1)
 
     def draw_noise(self, *shape: int) -> Tensor:
         """All the randomness of a rollout's actions at once, (*shape, A): Gumbel, or Gaussian of π's deviation."""
         noise = torch.empty(*shape, self.action_size, device=self.actor[-1].weight.device)
         return -noise.exponential_().log() if self.discrete else noise.normal_() * self.log_std.detach().exp()
 
-    @torch.no_grad()
-    def sample(self, obs: Tensor, noise: Tensor) -> Tensor:
-        """a ~ π(·|s), given the noise: argmax of the logits (the Gumbel-max trick) or of nothing but the mean."""
-        output = self.actor(self.encode(obs)) + noise
+    def sample(self, states: Tensor, noise: Tensor) -> Tensor:
+        """a ~ π(·|s): mean + noise, or argmax of logits + noise (the Gumbel-max trick)."""
+        output = self.actor(states) + noise
         return output.argmax(-1) if self.discrete else output
 
-    def log_prob_and_entropy(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def log_prob_and_entropy(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """log π(a|s) and H(π(·|s)), both (…,)."""
-        output = self.actor(self.encode(obs))
+        output = self.actor(states)
         if self.discrete:
             return categorical_log_prob_and_entropy(output, actions)
         return gaussian_log_prob_and_entropy(output, self.log_std, actions)
@@ -304,9 +303,8 @@ def discounted_returns(rewards: Tensor, done: Tensor, previous: Tensor, gamma: f
     return linear_recurrence(rewards, gamma * (~first).to(rewards.dtype), previous)
 
 
-def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, clip: Tensor | float) -> Tensor:
-    """−E[min(ρÂ, clip(ρ, 1−ε, 1+ε)Â)], ρ = exp(log_ratio) (arXiv 1707.06347, eq. 7); inputs (B,)."""
-    ratio = log_ratio.exp()
+def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip: Tensor | float) -> Tensor:
+    """−E[min(ρÂ, clip(ρ, 1−ε, 1+ε)Â)] (arXiv 1707.06347, eq. 7); ratio ρ and advantages (B,)."""
     return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 
@@ -322,10 +320,15 @@ def approximate_kl(log_ratio: Tensor) -> Tensor:
     return (log_ratio.exp() - 1 - log_ratio).mean()
 
 
-class PPOBatch(NamedTuple):
-    """A rollout, or a minibatch of it; first dimension B."""
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """1 − Var[R̂ − V] / Var[R̂]: 1 is a perfect critic, 0 one that knows nothing but the mean; inputs of one shape."""
+    return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
 
-    observations: Tensor
+
+class PPOBatch(NamedTuple):
+    """A rollout, or a minibatch of it; first dimension B. States are encoded observations."""
+
+    states: Tensor
     actions: Tensor
     log_probs: Tensor
     values: Tensor
@@ -338,16 +341,17 @@ METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
 
 def ppo_loss(agent: ActorCritic, batch: PPOBatch, clip: Tensor | float, args: Args) -> tuple[Tensor, Tensor]:
     """The loss L(θ) of a minibatch, and METRICS (5,)."""
-    log_probs, entropy = agent.log_prob_and_entropy(batch.observations, batch.actions)
+    log_probs, entropy = agent.log_prob_and_entropy(batch.states, batch.actions)
     log_ratio = log_probs - batch.log_probs
+    ratio = log_ratio.exp()
     advantages = batch.advantages
     if args.normalize_advantages and len(advantages) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    policy_loss = clipped_policy_loss(log_ratio, advantages, clip)
-    value_loss = clipped_value_loss(agent.value(batch.observations), batch.values, batch.returns, args.clip_value)
+    policy_loss = clipped_policy_loss(ratio, advantages, clip)
+    value_loss = clipped_value_loss(agent.value(batch.states), batch.values, batch.returns, args.clip_value)
     entropy = entropy.mean()
     with torch.no_grad():
-        clipfrac = ((log_ratio.exp() - 1).abs() > clip).float().mean()
+        clipfrac = ((ratio - 1).abs() > clip).float().mean()
         metrics = torch.stack([policy_loss, value_loss, entropy, approximate_kl(log_ratio), clipfrac])
     return policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy, metrics
 
@@ -368,22 +372,30 @@ def ppo_update(agent, optimizer, batch: PPOBatch, clip: Tensor | float, args: Ar
     return metrics, False
 
 
+def shuffled_minibatches(batch: Sequence[Tensor], epochs: int, num_minibatches: int) -> Iterator[tuple[Tensor, ...]]:
+    """For every epoch a new order of the batch's samples, in equal parts; each tensor (B, …)."""
+    for _ in range(epochs):
+        order = torch.randperm(len(batch[0]), device=batch[0].device)
+        yield from zip(*(x[order].chunk(num_minibatches) for x in batch))
+
+
 # Training ---------------------------------------------------------------------------------------------------
 
 
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
-    batch_size = args.num_envs * args.num_steps
-    if args.num_minibatches < 1 or batch_size % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches} must divide --num-envs × --num-steps = {batch_size}")
     rank, world_size, device = set_up(args)
+    batch_size = args.num_envs * args.num_steps
+    if batch_size % args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches} must divide --num-envs × --num-steps = {batch_size}")
     spaces = check_spaces(args, (Discrete, Box))
     agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
     lr, clip = (torch.tensor(x, device=device) for x in (args.learning_rate, args.clip_coef))
     optimizer = torch.optim.Adam(agent.parameters(), lr, eps=1e-5, fused=not args.compile, capturable=args.compile)
     update = compiled(ppo_update, device) if args.compile else ppo_update
     run = Run(args, rank, {"agent": agent, "optimizer": optimizer})
-    optimizer.param_groups[0]["lr"] = lr  # this very tensor, also where a checkpoint brought its own
+    lr = lr.copy_(optimizer.param_groups[0]["lr"])  # a checkpoint brought its own
+    optimizer.param_groups[0]["lr"] = lr
     envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
 
     def tensor(x, dtype=torch.float32):
@@ -399,7 +411,9 @@ def train(args: Args) -> dict:
         # Collect T steps from every environment with the policy as it stands.
         rollout = []
         for noise in agent.draw_noise(args.num_steps, args.num_envs):
-            actions, acted_on = agent.sample(tensor(obs, agent.observation_dtype), noise), obs
+            with torch.no_grad():
+                actions = agent.sample(agent.encode(tensor(obs, agent.observation_dtype)), noise)
+            acted_on = obs
             obs, next_obs, rewards, terminated, truncated, infos = step_envs(envs, agent.to_env(actions))
             rollout.append((acted_on, next_obs, actions.cpu(), rewards, terminated, truncated))
             run.step += args.num_envs * world_size
@@ -418,28 +432,27 @@ def train(args: Args) -> dict:
             agent.return_statistics.update(discounted.flatten())
             rewards = agent.return_statistics.scale(rewards)
         with torch.no_grad():
-            values, next_values = agent.value(observations), agent.value(next_observations)
-            log_probs, _ = agent.log_prob_and_entropy(observations, actions)
+            states = agent.encode(observations)
+            values, next_values = agent.value(states), agent.value(agent.encode(next_observations))
+            log_probs, _ = agent.log_prob_and_entropy(states, actions)
         advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
         returns = advantages + values
 
         # Update: several epochs of shuffled minibatches.
-        batch = PPOBatch(*(x.flatten(0, 1) for x in (observations, actions, log_probs, values, advantages, returns)))
-        orders = (torch.randperm(batch_size, device=device) for _ in range(args.update_epochs))
+        batch = [x.flatten(0, 1) for x in (states, actions, log_probs, values, advantages, returns)]
         metrics = []
-        for indices in (indices for order in orders for indices in order.chunk(args.num_minibatches)):
-            minibatch = PPOBatch(*(x[indices] for x in batch))
-            minibatch_metrics, kl_passed = update(agent, optimizer, minibatch, clip, args)
+        for minibatch in shuffled_minibatches(batch, args.update_epochs, args.num_minibatches):
+            minibatch_metrics, kl_passed = update(agent, optimizer, PPOBatch(*minibatch), clip, args)
             metrics.append(minibatch_metrics.clone())  # CUDA graphs reuse the memory of their outputs
             if kl_passed:
                 break
         if agent.observation_statistics is not None:
-            agent.observation_statistics.update(batch.observations)
+            agent.observation_statistics.update(observations.flatten(0, 1))
 
         # Log.
         losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
         losses["values"] = values.mean().item()
-        losses["explained_variance"] = (1 - (returns - values).var() / (returns.var() + 1e-8)).item()
+        losses["explained_variance"] = explained_variance(values, returns).item()
         run.log(losses, learning_rate=lr.item())
         if run.step - run.saved_step >= args.checkpoint_every:
             run.checkpoint()
@@ -456,7 +469,7 @@ FLATTEN = "Flatten it with gymnasium.wrappers.FlattenObservation"
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Stops with one line on stderr; exit code 2 where the request was wrong, 1 where the run went wrong."""
-    print(f"{ALGO}.py: {message}", file=sys.stderr)
+    tqdm.write(f"{ALGO}.py: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
     raise SystemExit(code)
 
 
@@ -472,7 +485,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
             saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
             defaults = Args(**saved)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"--resume {known.resume}: not the directory of a run of {ALGO}.py ({error})")
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
     description = f"{__doc__.splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
@@ -484,9 +497,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def set_up(args: Args) -> tuple[int, int, torch.device]:
     """Seeds, threads, device; meets the other processes under torchrun. Returns (rank, world size, device)."""
-    for name in ("num_envs", "total_timesteps", "torch_threads", "checkpoint_every", "eval_episodes"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    for name, value in asdict(args).items():
+        if type(value) is int and value < 1 and name != "seed":
+            fail(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        fail(f"--seed {args.seed} must be from 0 to 2³² − 1")
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if kind != "cpu" and not getattr(torch, kind).is_available():
         fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
@@ -534,11 +549,14 @@ def check_spaces(args: Args, action_spaces: tuple[type, ...], hint: str = "") ->
     """The environment's observation and action space; refuses what the networks cannot take."""
     env = make_env(args)
     env.close()
+    if args.capture_video and "rgb_array" not in env.metadata["render_modes"]:
+        fail(f"--capture-video: {args.env_id} cannot render to images")
     observation = ("observation", env.observation_space, (Discrete, Box), FLATTEN)
     for kind, space, allowed, way_out in (observation, ("action", env.action_space, action_spaces, hint)):
         if not isinstance(space, allowed) or (isinstance(space, Box) and len(space.shape) != 1):
             names = " or ".join("a one-dimensional Box" if x is Box else x.__name__ for x in allowed)
-            fail(f"{args.env_id} has the {kind} space {space}; {ALGO} needs {names}. {way_out}".strip())
+            message = f"{args.env_id} has the {kind} space {space}; {ALGO} needs {names}. {way_out}"
+            fail(" ".join(message.split()))
     return env.observation_space, env.action_space
 
 
@@ -594,8 +612,9 @@ class Run:
         about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
         about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
-        self.writer = SummaryWriter(str(self.dir), purge_step=self.step if args.resume else None)
+        (self.dir / "args.tmp").write_text(json.dumps(about, indent=2) + "\n")
+        os.replace(self.dir / "args.tmp", self.dir / "args.json")
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
         self.monitor = open(self.dir / "monitor.csv", "a", buffering=1)
         self.monitor.truncate(self.monitor_size)  # episodes after the checkpoint will be lived through again
         if self.monitor_size == 0:
@@ -632,6 +651,9 @@ class Run:
         """Writes checkpoint.pt under another name and renames it: whenever the process dies, a whole one is there."""
         if self.rank > 0:
             return
+        weights = [x for module in self.modules.values() if isinstance(module, nn.Module) for x in module.parameters()]
+        if not all(x.isfinite().all() for x in weights):
+            fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"step": self.step, "seconds": time.time() - self.start_time}
         state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
@@ -646,13 +668,14 @@ class Run:
             state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
             for name, module in self.modules.items():
                 module.load_state_dict(state[name])
-        except Exception as error:  # whatever is wrong with the file, it is not a checkpoint of this script
-            fail(f"--resume {self.dir}: checkpoint.pt does not fit ({str(error).strip().splitlines()[0]})")
-        self.step = self.saved_step = state["step"]
-        self.seconds, self.monitor_size = state["seconds"], state["monitor_size"]
-        torch.set_rng_state(state["rng"]["torch"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+            self.step = self.saved_step = state["step"]
+            self.seconds, self.monitor_size = state["seconds"], state["monitor_size"]
+            torch.set_rng_state(state["rng"]["torch"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this run
+            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+            fail(f"--resume {self.dir}: checkpoint.pt cannot be used ({reason})")
 
     def log_episodes(self, infos: dict) -> None:
         """Writes the episodes that ended in this step to monitor.csv and TensorBoard."""

@@ -67,12 +67,28 @@ def test_discounted_returns_restart_with_each_episode_and_carry_over():
 @pytest.mark.parametrize("ratio", [0.5, 0.9, 1.1, 1.5])
 def test_clipped_policy_loss(advantage, ratio):
     """eq. 7, and no gradient exactly where the step has already gone past the clip in the direction of gain."""
-    log_ratio = torch.tensor([ratio]).log().requires_grad_()
-    loss = ppo.clipped_policy_loss(log_ratio, torch.tensor([advantage]), 0.2)
+    rho = torch.tensor([ratio], requires_grad=True)
+    loss = ppo.clipped_policy_loss(rho, torch.tensor([advantage]), 0.2)
     assert loss.item() == pytest.approx(-min(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage))
     loss.backward()
     clipped = ratio > 1.2 if advantage > 0 else ratio < 0.8
-    assert log_ratio.grad.item() == pytest.approx(0.0 if clipped else -ratio * advantage)
+    assert rho.grad.item() == pytest.approx(0.0 if clipped else -advantage)
+
+
+def test_shuffled_minibatches_are_whole_epochs_in_a_new_order_with_rows_kept_together():
+    rows = torch.arange(12)
+    parts = list(ppo.shuffled_minibatches([rows, 10 * rows], epochs=2, num_minibatches=3))
+    assert len(parts) == 6 and all(len(a) == 4 and torch.equal(10 * a, b) for a, b in parts)
+    epochs = [torch.cat([a for a, _ in parts[i : i + 3]]) for i in (0, 3)]
+    assert all(torch.equal(epoch.sort().values, rows) for epoch in epochs)
+    assert not torch.equal(*epochs) and not torch.equal(epochs[0], rows)
+
+
+def test_explained_variance():
+    returns = torch.tensor([1.0, 2.0, 4.0])
+    assert ppo.explained_variance(returns + 5, returns) == pytest.approx(1)
+    assert ppo.explained_variance(torch.zeros(3), returns) == pytest.approx(0)
+    assert ppo.explained_variance(-returns, returns) == pytest.approx(-3)
 
 
 def test_clipped_value_loss():
@@ -138,8 +154,8 @@ def test_samples_follow_the_distribution_whose_log_probability_is_taken(space):
     agent = ppo.ActorCritic(Box(-1, 1, (4,)), space, (8,), log_std_init=-0.5)
     agent.actor[-1].weight.data *= 100
     obs = torch.randn(1, 4).expand(200_000, 4)
-    actions = agent.sample(obs, agent.draw_noise(len(obs)))
     with torch.no_grad():
+        actions = agent.sample(obs, agent.draw_noise(len(obs)))
         log_prob, entropy = agent.log_prob_and_entropy(obs, actions)
         if isinstance(space, Discrete):
             frequencies = actions.bincount(minlength=3) / len(obs)
@@ -151,7 +167,7 @@ def test_what_the_environment_takes_is_in_its_space():
     box, discrete = Box(np.float32([-1, 0]), np.float32([2, 0.5])), Discrete(3, start=5)
     agent = ppo.ActorCritic(Box(-1, 1, (4,)), box, (8,), log_std_init=3.0)
     obs = torch.randn(100, 4)
-    for action in agent.to_env(agent.sample(obs, agent.draw_noise(100))).numpy():
+    for action in agent.to_env(agent.sample(obs, agent.draw_noise(100))).detach().numpy():
         assert box.contains(action)
     agent = ppo.ActorCritic(Discrete(4, start=1), discrete, (8,))
     for action in agent(torch.tensor([1, 2, 3, 4])).numpy():
