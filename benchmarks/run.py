@@ -40,6 +40,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 EVALUATION = re.compile(r"^evaluation: (\S+) ± (\S+) over (\d+) episodes\nrun directory: (.+)$", re.MULTILINE)
 """The last two lines of a run that has finished."""
+COMPILE_FROM = 1_000_000
+"""Environment steps from which our runs are compiled: half a minute of compilation, then about twice the speed."""
+NOT_SB3S = ("output_dir", "seed", "compile", "checkpoint_every")
+"""Flags that make no difference to which baseline benchmarks/sb3.py runs."""
 
 
 @dataclass
@@ -101,7 +105,8 @@ class Cell:
         """What a user would type to run it."""
         command = ["python", self.script] + ([self.algo] if self.impl == "sb3" else [])
         command += ["--env-id", self.env_id, "--seed", str(self.seed)]
-        return command + ["--total-timesteps", *self.steps_if_unusual] if self.steps_if_unusual else command
+        command += ["--total-timesteps", *self.steps_if_unusual] if self.steps_if_unusual else []
+        return command + ["--compile"] if self.impl == "ours" and self.total_timesteps >= COMPILE_FROM else command
 
 
 KEY = [field.name for field in fields(Cell)]
@@ -147,7 +152,7 @@ def code_sha256(impl: str, source: str, args: dict, sb3_version: str) -> str:
     """`source` of source_sha256 alone, or for SB3 with the run's flags and SB3's version, which make the run too."""
     if impl == "ours":
         return source
-    args = {k: v for k, v in args.items() if k not in ("output_dir", "seed")}
+    args = {k: v for k, v in args.items() if k not in NOT_SB3S}
     return hashlib.sha256(json.dumps([source, args, sb3_version], sort_keys=True).encode()).hexdigest()
 
 

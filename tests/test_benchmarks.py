@@ -1,0 +1,176 @@
+"""The harness: what is measured is what is compared, and the page says what the measurements say."""
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import ppo
+import pytest
+import report
+import run
+import sb3
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+# The baseline -----------------------------------------------------------------------------------------------
+
+UNUSUAL = dict(
+    seed=7,
+    total_timesteps=2000,
+    num_envs=2,
+    num_steps=50,
+    num_minibatches=5,
+    update_epochs=3,
+    learning_rate=0.0123,
+    anneal_lr=True,
+    gamma=0.91,
+    gae_lambda=0.82,
+    clip_coef=0.13,
+    anneal_clip=True,
+    clip_value=0.17,
+    normalize_advantages=False,
+    ent_coef=0.019,
+    vf_coef=0.61,
+    max_grad_norm=0.77,
+    target_kl=0.031,
+    hidden_sizes=(24, 12),
+    log_std_init=-0.7,
+    normalize_observations=True,
+    normalize_rewards=True,
+    env_id="Pendulum-v1",
+    device="cpu",
+)
+SAME_FOR_SB3 = {
+    "torch_threads",
+    "compile",
+    "output_dir",
+    "resume",
+    "checkpoint_every",
+    "eval_episodes",
+    "capture_video",
+}
+"""Flags that say how a run is done, not what it computes."""
+
+
+def test_every_hyperparameter_is_translated_to_sb3():
+    assert UNUSUAL.keys() | SAME_FOR_SB3 == {field.name for field in fields(ppo.Args)}, (
+        "translate the new flag, test it"
+    )
+    args = ppo.Args(**UNUSUAL)
+    assert all(value != getattr(ppo.Args(), name) or name in ("anneal_lr",) for name, value in UNUSUAL.items())
+    env = sb3.make_env(args, args.num_envs)
+    model = sb3.ppo_model(args, env)
+    assert (model.seed, model.n_envs, model.n_steps, model.batch_size, model.n_epochs) == (7, 2, 50, 20, 3)
+    assert (model.gamma, model.gae_lambda, model.ent_coef, model.vf_coef) == (0.91, 0.82, 0.019, 0.61)
+    assert (model.max_grad_norm, model.target_kl, model.normalize_advantage) == (0.77, 0.031, False)
+    assert model.clip_range_vf(1.0) == 0.17 and env.gamma == 0.91 and env.norm_obs and env.norm_reward
+    # SB3 asks for its schedules after a rollout: 100 of 2000 steps are gone when ours stands at the beginning.
+    assert model.lr_schedule(0.95) == pytest.approx(0.0123) and model.lr_schedule(0.45) == pytest.approx(0.0123 / 2)
+    assert model.clip_range(0.95) == pytest.approx(0.13) and model.clip_range(0.45) == pytest.approx(0.13 / 2)
+    layers = [tuple(x.weight.shape) for x in model.policy.modules() if hasattr(x, "weight")]
+    assert layers == [(24, 3), (12, 24), (24, 3), (12, 24), (1, 12), (1, 12)]
+    assert model.policy.log_std.item() == pytest.approx(-0.7) and model.policy.optimizer.defaults["eps"] == 1e-5
+
+
+def test_both_networks_start_from_the_same_distribution():
+    """Orthogonal rows of the same gains: the singular values of every layer agree."""
+    args = ppo.Args(env_id="Pendulum-v1")
+    model = sb3.ppo_model(args, sb3.make_env(args, 1))
+    agent = ppo.ActorCritic(model.observation_space, model.action_space, args.hidden_sizes)
+    pi, vf = model.policy.mlp_extractor.policy_net, model.policy.mlp_extractor.value_net
+    theirs = [pi[0], pi[2], model.policy.action_net, vf[0], vf[2], model.policy.value_net]
+    ours = [layer for net in (agent.actor, agent.critic) for layer in net if hasattr(layer, "weight")]
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a.weight.detach().svd().S, b.weight.detach().svd().S, rtol=1e-4)
+        assert not a.bias.any() and not b.bias.any()
+
+
+# Hashes of code ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A copy of algos/ and benchmarks/ to change, which run.py takes for the repository."""
+    for folder in ("algos", "benchmarks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("results", "plots"))
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    return tmp_path
+
+
+def edit(path: Path, old: str, new: str):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("impl, file", [("ours", "algos/ppo.py"), ("sb3", "benchmarks/sb3.py")])
+def test_evidence_outlives_comments_and_docstrings_but_no_change_of_code(copy, impl, file):
+    before = run.source_sha256(impl, "ppo")
+    for docstring in ('"""PPO', '    """Trains') if impl == "ours" else ('"""Stable', '    """SB3'):
+        edit(copy / file, docstring, f"{docstring}, in other words,")
+    (copy / file).write_text((copy / file).read_text() + "\n# a comment\n")
+    assert run.source_sha256(impl, "ppo") == before
+    edit(copy / file, "eps=1e-5", "eps=1e-6")
+    assert run.source_sha256(impl, "ppo") != before
+
+
+# Statistics -------------------------------------------------------------------------------------------------
+
+
+def test_iqm_is_the_mean_of_the_middle():
+    assert report.iqm(np.array([100, 3, 1, 2, -50, 4, 5, 6, 7, 1000.0])) == pytest.approx(np.mean([2, 3, 4, 5, 6, 7]))
+    assert report.iqm(np.array([1.0, 2.0, 6.0])) == 3
+
+
+def test_probability_of_improvement_counts_pairs_and_halves_ties():
+    x, y = np.array([1.0, 2.0]), np.array([0.0, 1.0, 5.0])
+    assert report.probability_of_improvement(x, y) == pytest.approx((1 + 0.5 + 1 + 1) / 6)
+
+
+def test_interval_covers_a_difference_as_often_as_it_says():
+    """Of 95 % intervals from 10 seeds a little under 95 % hold the truth: the bootstrap's known optimism, no more."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(1, 1, (300, 10)), rng.normal(0, 1, (300, 10))
+    low, high = report.interval(report.iqm_difference, x, y)
+    assert 0.86 < np.mean((low <= 1) & (1 <= high)) < 0.98
+    assert np.mean((low <= 0) & (0 <= high)) < 0.7
+
+
+# Recording and reporting ------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_recorded_once_and_not_measured_again(tmp_path):
+    cell = run.Cell("ours", "ppo", "CartPole-v1", 3, 100_000)
+    folder, results = tmp_path / "work" / cell.name, tmp_path / "results"
+    (folder / "somerun").mkdir(parents=True)
+    assert cell.name == "ours__ppo__CartPole-v1__3"
+    assert cell.command == ["python", "algos/ppo.py", "--env-id", "CartPole-v1", "--seed", "3"]
+    (folder / "stdout.txt").write_text("evaluation: 12.50 ± 1.00 over 10 episodes\nrun directory: x/somerun\n")
+    (folder / "somerun" / "monitor.csv").write_text('#{"t_start": 0}\nr,l,t\n10.0,10,0.5\n20.0,30,2.0\n')
+    about = {"args": run.script_args("ppo", "CartPole-v1"), "versions": {"torch": "2"}}
+    (folder / "somerun" / "args.json").write_text(json.dumps(about))
+    assert run.plan(cell, folder, run.read_runs(results), False)[0] == "record"
+    for _ in range(2):
+        run.record(cell, folder, results)
+    runs = pd.read_csv(results / "runs.csv")
+    assert len(runs) == 1 and (runs.eval_mean[0], runs.steps_per_second[0], runs.seconds[0]) == (12.5, 20, 2)
+    assert pd.read_csv(results / "episodes" / f"{cell.name}.csv.gz").r.tolist() == [10, 20]
+    assert run.plan(cell, folder, run.read_runs(results), False)[0] == "skip"
+    runs.assign(code_sha256="older").to_csv(results / "runs.csv", index=False)
+    assert run.plan(cell, folder, run.read_runs(results), False)[0] == "skip"
+    assert run.plan(cell, folder, run.read_runs(results), True)[0] != "skip"
+
+
+def test_the_page_is_what_report_py_makes_of_the_measurements(tmp_path, monkeypatch):
+    """Red? Run `python benchmarks/report.py` and commit the page."""
+    shutil.copytree(RESULTS, tmp_path / "results")
+    monkeypatch.setattr("sys.argv", ["report.py", "--results", str(tmp_path / "results")])
+    report.main()
+    assert (tmp_path / "README.md").read_text() == (ROOT / "benchmarks" / "README.md").read_text()
+    for plot in (tmp_path / "plots").iterdir():
+        assert (ROOT / "benchmarks" / "plots" / plot.name).exists()
