@@ -52,8 +52,7 @@ Both sides run with the same hyperparameters, and on both the trained policy is 
 - Intervals are percentile bootstraps, 10 000 resamples of the seeds, each side for itself. From 3 seeds they are
   too narrow: read them as a spread, not as a test.
 - **verdict**: whether the interval of the difference reaches 0.
-- **steps/s**: median over seeds of environment steps per second of training, with whatever else the machine ran
-  at the time. The table on throughput compares speed properly.
+- Speed is not compared here, because these runs shared their machine with other work: see the table on throughput.
 - **published**: what others report, with their own hyperparameters and environment versions, so for orientation.
   CleanRL: mean training return ± deviation over 3 seeds, 500k steps (classic control) or 1M (MuJoCo)
   ([source](https://docs.cleanrl.dev/rl-algorithms/ppo/)). Zoo: RL Baselines3 Zoo, one tuned run, deterministic
@@ -200,7 +199,6 @@ def has_changed(row: pd.Series) -> bool:
 def comparison(algo: str, env_id: str, steps: int, runs: pd.DataFrame, cells: list[Cell]) -> dict:
     """A row of a suite's table. `runs` and `cells`: those of this algorithm, environment and number of steps."""
     returns = {impl: runs.loc[runs.index.get_level_values("impl") == impl, "eval_mean"].to_numpy() for impl in LABELS}
-    speeds = {impl: runs.loc[runs.index.get_level_values("impl") == impl, "steps_per_second"] for impl in LABELS}
     wanted = {impl: sum(cell.impl == impl for cell in cells) for impl in LABELS}
     x, y = returns.values()
     both = len(x) > 0 and len(y) > 0
@@ -214,7 +212,6 @@ def comparison(algo: str, env_id: str, steps: int, runs: pd.DataFrame, cells: li
         "difference": estimate(iqm_difference, x, y),
         "P(ours > SB3)": estimate(probability_of_improvement, x, y),
         "verdict": verdict(x, y) if both else "—",
-        "steps/s (ours, SB3)": ", ".join(number(s.median(), 0) if len(s) else "—" for s in speeds.values()),
         "published": PUBLISHED.get((algo, env_id), "—"),
     }
 
@@ -226,7 +223,6 @@ def run_table(runs: pd.DataFrame) -> str:
             {
                 "command": f"`{row.command}`",
                 "mean return": number(row.eval_mean, 2),
-                "minutes": number(row.seconds / 60, 1),
                 "date": row.date,
                 "script sha256": f"`{row.script_sha256[:10]}`",
                 "versions": row.versions.replace("=", " ").replace(" +", "+"),
