@@ -102,8 +102,11 @@ instead, and `--rerun-changed` measures anew what is marked † or was measured 
 
 ```python
 import pandas as pd
-pd.read_csv("benchmarks/results/runs.csv").groupby(["algo", "env_id", "impl"]).eval_mean.describe()
-pd.read_csv("benchmarks/results/episodes/{example}.csv.gz")  # r: return, l: length in steps, t: seconds since start
+
+runs = pd.read_csv("benchmarks/results/runs.csv")
+runs.groupby(["algo", "env_id", "impl"]).eval_mean.describe()
+# r: return, l: length in steps, t: seconds since the start
+episodes = pd.read_csv("benchmarks/results/episodes/{example}.csv.gz")
 ```
 """
 
