@@ -16,6 +16,7 @@ import scipy.stats
 import tyro
 from matplotlib.ticker import EngFormatter
 from run import KEY, RESULTS, Cell, cells_of, present_code, read_runs, sb3_version, source_sha256
+from sb3 import MODELS
 from suites import SUITES
 from throughput import WORKS, summary
 
@@ -25,13 +26,30 @@ from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backe
 BINS = 50
 """of a learning curve, over the run's steps"""
 LABELS = {"ours": "ours", "sb3": "Stable-Baselines3"}
-STYLES = {"ours": dict(color="#0072B2", linestyle="-"), "sb3": dict(color="#D55E00", linestyle="--")}
-"""blue and vermilion of Okabe and Ito (2008), apart for colour-blind readers, and in print by the dashes"""
+STYLES = {
+    "ours": dict(color="#0072B2", linestyle="-"),
+    "Stable-Baselines3": dict(color="#D55E00", linestyle="--"),
+    "SB3's A2C": dict(color="#009E73", linestyle=":"),
+    "SB3's PPO": dict(color="#CC79A7", linestyle="-."),
+}
+"""colours of Okabe and Ito (2008), apart for colour-blind readers, and in print by the dashes"""
+BESIDE = ("a2c", "ppo")
+"""SB3's algorithms that are shown beside one that it does not have"""
+EFFICIENCY = [("kfac", "CartPole-v1", 100_000), ("kfac", "Acrobot-v1", 100_000), ("kfac", "HalfCheetah-v5", 500_000)]
+"""(algorithm, environment, steps) whose sample efficiency is compared with A2C's"""
 
 PUBLISHED = {
     ("ppo", "CartPole-v1"): "CleanRL 490 ± 6; Zoo 500",
     ("ppo", "Acrobot-v1"): "CleanRL −86 ± 1; Zoo −73.5 (1M steps)",
     ("ppo", "Pendulum-v1"): "Zoo −172.2",
+    ("a2c", "CartPole-v1"): "Zoo 500 (500k steps)",
+    ("a2c", "Acrobot-v1"): "Zoo −83.4 (500k steps)",
+    ("a2c", "Pendulum-v1"): "Zoo −163.0 (1M steps, gSDE)",
+    ("a2c", "HalfCheetah-v5"): "Zoo 3041 (v3, 1M steps, gSDE)",
+    ("trpo", "CartPole-v1"): "Zoo 500",
+    ("trpo", "Acrobot-v1"): "Zoo −83.1",
+    ("trpo", "Pendulum-v1"): "Zoo −174.6 (gSDE)",
+    ("trpo", "Hopper-v5"): "Engstrom et al. 2043, with PPO's code-level tricks 2466 (v2); Zoo 3618 (v3)",
     ("ppo", "HalfCheetah-v5"): "CleanRL 1443 ± 46 (v4); Zoo 5819 (v3)",
     ("ppo", "Hopper-v5"): "CleanRL 2383 ± 272 (v4); Zoo 2410 (v3)",
 }
@@ -52,11 +70,13 @@ Both sides run with the same hyperparameters, and on both the trained policy is 
 - Intervals are percentile bootstraps, 10 000 resamples of the seeds, each side for itself. From 3 seeds they are
   too narrow: read them as a spread, not as a test.
 - **verdict**: whether the interval of the difference reaches 0.
+- An algorithm that SB3 does not have stands beside SB3's A2C and PPO after the same number of steps.
 - Speed is not compared here, because these runs shared their machine with other work: see the table on throughput.
 - **published**: what others report, with their own hyperparameters and environment versions, so for orientation.
   CleanRL: mean training return ± deviation over 3 seeds, 500k steps (classic control) or 1M (MuJoCo)
   ([source](https://docs.cleanrl.dev/rl-algorithms/ppo/)). Zoo: RL Baselines3 Zoo, one tuned run, deterministic
-  evaluation ([source](https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md)).
+  evaluation ([source](https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md)). Engstrom et al. 2020:
+  [arXiv 2005.12729](https://arxiv.org/abs/2005.12729).
 - † The code has changed since at least one of these runs was measured, or which code ran is not known.
 """
 
@@ -82,6 +102,15 @@ THROUGHPUT = """
 Environment steps per second of training on the CPU, one PyTorch thread, same flags on both sides, from
 `python benchmarks/throughput.py`. The settings alternate and a ratio is taken over SB3 of the same round: above 1
 is faster than SB3. Compilation is not counted.
+
+{table}
+"""
+
+EFFICIENT = """
+## Sample efficiency
+
+Environment steps until the IQM over seeds of the training return (the curves above) first reaches A2C's final one,
+which is the mean of that curve's last tenth; × is how many times fewer steps than A2C's own number.
 
 {table}
 """
@@ -199,19 +228,33 @@ def has_changed(row: pd.Series) -> bool:
     return row["code_sha256"] != present_code(Cell(*row.name), sb3_version(row))
 
 
+def returns_of(runs: pd.DataFrame, impl: str, algo: str, env_id: str, steps: int) -> np.ndarray:
+    """Mean evaluation return of every recorded seed (seeds,)."""
+    keys = runs.index.to_frame()
+    mine = (keys["impl"] == impl) & (keys["algo"] == algo) & (keys["env_id"] == env_id)
+    return runs.loc[mine & (keys["total_timesteps"] == steps), "eval_mean"].to_numpy()
+
+
 def comparison(algo: str, env_id: str, steps: int, runs: pd.DataFrame, cells: list[Cell]) -> dict:
-    """A row of a suite's table. `runs` and `cells`: those of this algorithm, environment and number of steps."""
-    returns = {impl: runs.loc[runs.index.get_level_values("impl") == impl, "eval_mean"].to_numpy() for impl in LABELS}
-    wanted = {impl: sum(cell.impl == impl for cell in cells) for impl in LABELS}
+    """A row of a suite's table; `cells`: those of this algorithm, environment and number of steps."""
+    sides = [impl for impl in LABELS if any(cell.impl == impl for cell in cells)]
+    returns = {impl: returns_of(runs, impl, algo, env_id, steps) for impl in LABELS}
     x, y = returns.values()
     both = len(x) > 0 and len(y) > 0
+    sb3 = estimate(iqm, y)
+    if algo not in MODELS:
+        others = {other: returns_of(runs, "sb3", other, env_id, steps) for other in BESIDE}
+        sb3 = "; ".join(f"{other.upper()} {estimate(iqm, z)}" for other, z in others.items())
+    recorded = runs.loc[[astuple(cell) for cell in cells if astuple(cell) in runs.index]]
     return {
-        "algorithm": algo + (" †" if len(runs) and runs.apply(has_changed, axis=1).any() else ""),
+        "algorithm": algo + (" †" if recorded.apply(has_changed, axis=1).any() else ""),
         "environment": env_id,
         "steps": EngFormatter(sep="")(steps),
-        "seeds (ours, SB3)": seeds({impl: len(values) for impl, values in returns.items()}, wanted),
+        "seeds (ours, SB3)": seeds(
+            {impl: len(returns[impl]) for impl in sides}, {s: sum(cell.impl == s for cell in cells) for s in sides}
+        ),
         "ours": estimate(iqm, x),
-        "SB3": estimate(iqm, y),
+        "SB3": sb3,
         "difference": estimate(iqm_difference, x, y),
         "P(ours > SB3)": estimate(probability_of_improvement, x, y),
         "verdict": verdict(x, y) if both else "—",
@@ -267,22 +310,32 @@ def learning_curve(path: Path, steps: int) -> np.ndarray:
     return episodes["r"].groupby(bins).mean().reindex(range(BINS)).ffill().to_numpy()
 
 
-def plot_suite(groups: dict[tuple, list[Cell]], results: Path, path: Path) -> None:
-    """One subplot per (algorithm, environment, steps) with the learning curves of its recorded cells."""
+def curves_of(impl: str, algo: str, env_id: str, steps: int, runs: pd.DataFrame, results: Path) -> np.ndarray:
+    """Learning curves of the recorded seeds (BINS, seeds)."""
+    cells = [Cell(*key) for key in runs.index]
+    cells = [c for c in cells if (c.impl, c.algo, c.env_id, c.total_timesteps) == (impl, algo, env_id, steps)]
+    curves = [learning_curve(results / "episodes" / f"{cell.name}.csv.gz", steps) for cell in cells]
+    return np.stack(curves, axis=-1) if curves else np.empty((BINS, 0))
+
+
+def plot_suite(groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: Path, path: Path) -> None:
+    """One subplot per (algorithm, environment, steps) with the recorded learning curves."""
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False, layout="constrained")
     lines = {}
-    for ax, ((algo, env_id, steps), cells) in zip(axes.flat, groups.items()):
+    for ax, (algo, env_id, steps) in zip(axes.flat, groups):
         x = (np.arange(BINS) + 0.5) * steps / BINS
-        for impl, style in STYLES.items():
-            files = [results / "episodes" / f"{cell.name}.csv.gz" for cell in cells if cell.impl == impl]
-            if not files:
+        shown = {"ours": ("ours", algo), "Stable-Baselines3": ("sb3", algo)}
+        if algo not in MODELS:
+            shown |= {f"SB3's {other.upper()}": ("sb3", other) for other in BESIDE}
+        for label, (impl, name) in shown.items():
+            curves = curves_of(impl, name, env_id, steps, runs, results)
+            if not curves.size:
                 continue
-            curves = np.stack([learning_curve(file, steps) for file in files], axis=-1)
             low, high = interval(iqm, curves)
-            (lines[impl],) = ax.plot(x, iqm(curves), linewidth=1.8, **style)
-            ax.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            (lines[label],) = ax.plot(x, iqm(curves), linewidth=1.8, **STYLES[label])
+            ax.fill_between(x, low, high, color=STYLES[label]["color"], alpha=0.2, linewidth=0)
         ax.set_title(f"{algo}  {env_id}", fontsize=11)
         ax.set_xlim(0, steps)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -293,12 +346,48 @@ def plot_suite(groups: dict[tuple, list[Cell]], results: Path, path: Path) -> No
         ax.set_axis_off()
     figure.supxlabel("environment steps", fontsize=11)
     figure.supylabel("training return", fontsize=11)
-    names = [LABELS[impl] for impl in STYLES if impl in lines]
-    handles = [lines[impl] for impl in STYLES if impl in lines]
-    figure.legend(handles, names, loc="outside upper center", ncols=2, frameon=False)
+    labels = [label for label in STYLES if label in lines]
+    figure.legend([lines[x] for x in labels], labels, loc="outside upper center", ncols=len(labels), frameon=False)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})  # no version in the file: same data, same bytes
     plt.close(figure)
+
+
+# Sample efficiency ------------------------------------------------------------------------------------------
+
+
+def steps_to_reach(curve: np.ndarray, target: float, steps: int) -> float:
+    """Environment steps at the end of the first bin of a learning curve (BINS,) that reaches `target`; else NaN."""
+    reached = np.flatnonzero(curve >= target)
+    return (reached[0] + 1) * steps / BINS if len(reached) else np.nan
+
+
+def efficiency_rows(runs: pd.DataFrame, results: Path) -> list[dict]:
+    """For each of EFFICIENCY and each side's A2C: steps to A2C's final return, A2C's and the algorithm's."""
+    rows = []
+    for algo, env_id, steps in EFFICIENCY:
+        curves = curves_of("ours", algo, env_id, steps, runs, results)
+        for impl, label in (("ours", "our A2C"), ("sb3", "SB3's A2C")):
+            others = curves_of(impl, "a2c", env_id, steps, runs, results)
+            if not curves.size or not others.size:
+                continue
+            curve, other = iqm(curves), iqm(others)
+            target = other[-BINS // 10 :].mean()
+            ours, theirs = steps_to_reach(curve, target, steps), steps_to_reach(other, target, steps)
+            thousands = EngFormatter(sep="")
+            rows.append(
+                {
+                    "algorithm": algo,
+                    "environment": env_id,
+                    "against": label,
+                    "seeds": f"{curves.shape[1]}, {others.shape[1]}",
+                    "A2C's final return": number(target, digits_of(target)),
+                    "A2C's steps": thousands(theirs),
+                    f"{algo}'s steps": f"not in {thousands(steps)}" if np.isnan(ours) else thousands(ours),
+                    "×": "—" if np.isnan(ours) else number(theirs / ours, 1),
+                }
+            )
+    return rows
 
 
 # The page ---------------------------------------------------------------------------------------------------
@@ -318,21 +407,18 @@ def main() -> None:
         groups = {}
         for cell in cells:
             groups.setdefault((cell.algo, cell.env_id, cell.total_timesteps), []).append(cell)
-        of_suite = runs.loc[[astuple(cell) for cell in recorded]]
-        table = []
-        for (algo, env_id, steps), group in groups.items():
-            mine = of_suite.query("algo == @algo and env_id == @env_id and total_timesteps == @steps")
-            table.append(comparison(algo, env_id, steps, mine, group))
-        done = {key: [cell for cell in group if cell in set(recorded)] for key, group in groups.items()}
+        groups = {key: group for key, group in groups.items() if set(group) & set(recorded)}
         plot = args.results.parent / "plots" / f"{suite}.png"
-        plot_suite({key: group for key, group in done.items() if group}, args.results, plot)
+        plot_suite(list(groups), runs, args.results, plot)
         page += SUITE.format(
             suite=suite,
-            table=markdown(table),
+            table=markdown([comparison(*key, runs, group) for key, group in groups.items()]),
             plot=f"plots/{plot.name}",
-            runs=run_table(of_suite.sort_index(level=KEY)),
+            runs=run_table(runs.loc[[astuple(cell) for cell in recorded]].sort_index(level=KEY)),
         )
         suites.append(suite)
+    if rows := efficiency_rows(runs, args.results):
+        page += EFFICIENT.format(table=markdown(rows))
     throughput = args.results / "throughput.csv"
     if throughput.exists():
         page += THROUGHPUT.format(table=throughput_table(pd.read_csv(throughput)))

@@ -3,7 +3,8 @@
     python benchmarks/sb3.py ppo --env-id Hopper-v5 --seed 3
 
 takes the flags of algos/ppo.py, the environment's recommended settings included, and translates every one of
-them. It leaves a run directory of the same form (args.json, monitor.csv, model.zip) and prints the same lines.
+them; so with a2c, and with trpo for sb3-contrib's. It leaves a run directory of the same form (args.json,
+monitor.csv, model.zip) and prints the same lines.
 """
 
 import json
@@ -17,7 +18,8 @@ import gymnasium as gym
 import numpy as np
 import stable_baselines3
 import torch
-from stable_baselines3 import PPO
+from sb3_contrib import TRPO
+from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -62,7 +64,57 @@ def ppo_model(args, env: VecEnv) -> PPO:
     )
 
 
-MODELS = {"ppo": ppo_model}
+def a2c_model(args, env: VecEnv) -> A2C:
+    """SB3's A2C with every hyperparameter of algos/a2c.py's Args."""
+    rollout = args.num_envs * args.num_steps / args.total_timesteps  # SB3 reads its schedule after it, a2c.py before
+    policy_kwargs = dict(net_arch=list(args.hidden_sizes), activation_fn=torch.nn.Tanh, log_std_init=args.log_std_init)
+    if args.optimizer == "adam":
+        policy_kwargs["optimizer_kwargs"] = dict(eps=1e-5)
+    return A2C(
+        "MlpPolicy",
+        env,
+        learning_rate=lambda remaining: args.learning_rate * (remaining + rollout if args.anneal_lr else 1.0),
+        n_steps=args.num_steps,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+        ent_coef=args.ent_coef,
+        vf_coef=args.vf_coef,
+        max_grad_norm=args.max_grad_norm,
+        use_rms_prop=args.optimizer == "rmsprop",
+        rms_prop_eps=1e-5,
+        normalize_advantage=args.normalize_advantages,
+        policy_kwargs=policy_kwargs,
+        seed=args.seed,
+        device="cpu",
+    )
+
+
+def trpo_model(args, env: VecEnv) -> TRPO:
+    """sb3-contrib's TRPO with every hyperparameter of algos/trpo.py's Args."""
+    return TRPO(
+        "MlpPolicy",
+        env,
+        learning_rate=args.learning_rate,
+        n_steps=args.num_steps,
+        batch_size=args.num_envs * args.num_steps // args.num_minibatches,
+        gamma=args.gamma,
+        cg_max_steps=args.cg_iterations,
+        cg_damping=args.cg_damping,
+        line_search_shrinking_factor=args.line_search_shrink,
+        line_search_max_iter=args.line_search_steps,
+        n_critic_updates=args.critic_epochs,
+        gae_lambda=args.gae_lambda,
+        normalize_advantage=args.normalize_advantages,
+        target_kl=args.target_kl,
+        policy_kwargs=dict(
+            net_arch=list(args.hidden_sizes), activation_fn=torch.nn.Tanh, log_std_init=args.log_std_init
+        ),
+        seed=args.seed,
+        device="cpu",
+    )
+
+
+MODELS = {"ppo": ppo_model, "a2c": a2c_model, "trpo": trpo_model}
 
 
 class ProgressBar(BaseCallback):

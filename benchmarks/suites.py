@@ -18,8 +18,14 @@ class Entry(NamedTuple):
     """sides to run; "sb3" is left out for an algorithm that benchmarks/sb3.py has no counterpart of"""
 
 
+CLASSIC = ["CartPole-v1", "Acrobot-v1", "Pendulum-v1"]
+
 SUITES: dict[str, list[Entry]] = {
     "smoke": [Entry(["ppo"], ["CartPole-v1"], range(1, 3), 5_000)],
-    "classic": [Entry(["ppo"], ["CartPole-v1", "Acrobot-v1", "Pendulum-v1"], range(1, 11), 100_000)],
-    "mujoco": [Entry(["ppo"], ["HalfCheetah-v5", "Hopper-v5"], range(1, 4), 1_000_000)],
+    "classic": [Entry(["ppo", "a2c", "trpo", "reinforce", "kfac", "grpo"], CLASSIC, range(1, 11), 100_000)],
+    "mujoco": [
+        Entry(["ppo"], ["HalfCheetah-v5", "Hopper-v5"], range(1, 4), 1_000_000),
+        Entry(["trpo"], ["Hopper-v5"], range(1, 4), 1_000_000),
+    ],
+    "efficiency": [Entry(["a2c", "kfac"], ["HalfCheetah-v5"], range(1, 4), 500_000)],
 }

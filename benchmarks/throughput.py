@@ -53,6 +53,18 @@ WORKS = {
         warmup_steps=2 * 2048,
         steps=10 * 2048,
     ),
+    "a2c CartPole": Work(
+        algo="a2c",
+        flags="--env-id CartPole-v1 --num-envs 8 --num-steps 5",
+        warmup_steps=20_000,
+        steps=80_000,
+    ),
+    "trpo HalfCheetah": Work(
+        algo="trpo",
+        flags="--env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048",
+        warmup_steps=2 * 2048,
+        steps=10 * 2048,
+    ),
 }
 SETTINGS = ("eager", "compile", "sb3")
 

@@ -1,5 +1,6 @@
 """The harness: what is measured is what is compared, and the page says what the measurements say."""
 
+import importlib
 import json
 import shutil
 from dataclasses import fields
@@ -12,6 +13,7 @@ import pytest
 import report
 import run
 import sb3
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,25 +21,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 # The baseline -----------------------------------------------------------------------------------------------
 
-UNUSUAL = dict(
+COMMON = dict(
     seed=7,
     total_timesteps=2000,
-    num_envs=2,
-    num_steps=50,
-    num_minibatches=5,
-    update_epochs=3,
+    num_envs=5,
+    num_steps=20,
     learning_rate=0.0123,
-    anneal_lr=True,
     gamma=0.91,
     gae_lambda=0.82,
-    clip_coef=0.13,
-    anneal_clip=True,
-    clip_value=0.17,
-    normalize_advantages=False,
-    ent_coef=0.019,
-    vf_coef=0.61,
-    max_grad_norm=0.77,
-    target_kl=0.031,
     hidden_sizes=(24, 12),
     log_std_init=-0.7,
     normalize_observations=True,
@@ -45,6 +36,38 @@ UNUSUAL = dict(
     env_id="Pendulum-v1",
     device="cpu",
 )
+UNUSUAL = {
+    "ppo": COMMON
+    | dict(
+        num_minibatches=5,
+        update_epochs=3,
+        anneal_lr=True,
+        clip_coef=0.13,
+        anneal_clip=True,
+        clip_value=0.17,
+        normalize_advantages=False,
+        ent_coef=0.019,
+        vf_coef=0.61,
+        max_grad_norm=0.77,
+        target_kl=0.031,
+    ),
+    "a2c": COMMON
+    | dict(
+        anneal_lr=True, optimizer="adam", normalize_advantages=True, ent_coef=0.019, vf_coef=0.61, max_grad_norm=0.77
+    ),
+    "trpo": COMMON
+    | dict(
+        normalize_advantages=False,
+        target_kl=0.031,
+        cg_iterations=7,
+        cg_damping=0.013,
+        line_search_steps=6,
+        line_search_shrink=0.57,
+        num_minibatches=5,
+        critic_epochs=3,
+    ),
+}
+"""A value unlike the default for every hyperparameter."""
 SAME_FOR_SB3 = {
     "torch_threads",
     "compile",
@@ -57,24 +80,68 @@ SAME_FOR_SB3 = {
 """Flags that say how a run is done, not what it computes."""
 
 
-def test_every_hyperparameter_is_translated_to_sb3():
-    assert UNUSUAL.keys() | SAME_FOR_SB3 == {field.name for field in fields(ppo.Args)}, (
-        "translate the new flag, test it"
+def sb3_model(algo, **changes):
+    """SB3's model for the unusual flags."""
+    args = importlib.import_module(algo).Args(**UNUSUAL[algo] | changes)
+    return sb3.MODELS[algo](args, sb3.make_env(args, args.num_envs))
+
+
+@pytest.mark.parametrize("algo", sb3.MODELS)
+def test_every_hyperparameter_has_an_unusual_value(algo):
+    defaults = importlib.import_module(algo).Args()
+    assert UNUSUAL[algo].keys() | SAME_FOR_SB3 == {field.name for field in fields(defaults)}, (
+        "translate the new flag in sb3.py, test it here"
     )
-    args = ppo.Args(**UNUSUAL)
-    assert all(value != getattr(ppo.Args(), name) or name in ("anneal_lr",) for name, value in UNUSUAL.items())
-    env = sb3.make_env(args, args.num_envs)
-    model = sb3.ppo_model(args, env)
-    assert (model.seed, model.n_envs, model.n_steps, model.batch_size, model.n_epochs) == (7, 2, 50, 20, 3)
-    assert (model.gamma, model.gae_lambda, model.ent_coef, model.vf_coef) == (0.91, 0.82, 0.019, 0.61)
-    assert (model.max_grad_norm, model.target_kl, model.normalize_advantage) == (0.77, 0.031, False)
-    assert model.clip_range_vf(1.0) == 0.17 and env.gamma == 0.91 and env.norm_obs and env.norm_reward
-    # SB3 asks for its schedules after a rollout: 100 of 2000 steps are gone when ours stands at the beginning.
-    assert model.lr_schedule(0.95) == pytest.approx(0.0123) and model.lr_schedule(0.45) == pytest.approx(0.0123 / 2)
-    assert model.clip_range(0.95) == pytest.approx(0.13) and model.clip_range(0.45) == pytest.approx(0.13 / 2)
+    same = {name for name, value in UNUSUAL[algo].items() if value == getattr(defaults, name)}
+    assert same <= {"anneal_lr"}
+
+
+@pytest.mark.parametrize("algo", sb3.MODELS)
+def test_what_all_have_in_common_is_translated_to_sb3(algo):
+    model = sb3_model(algo)
+    assert (model.seed, model.n_envs, model.n_steps, model.gamma, model.gae_lambda) == (7, 5, 20, 0.91, 0.82)
+    assert model.env.gamma == 0.91 and model.env.norm_obs and model.env.norm_reward
     layers = [tuple(x.weight.shape) for x in model.policy.modules() if hasattr(x, "weight")]
     assert layers == [(24, 3), (12, 24), (24, 3), (12, 24), (1, 12), (1, 12)]
     assert model.policy.log_std.item() == pytest.approx(-0.7) and model.policy.optimizer.defaults["eps"] == 1e-5
+
+
+@pytest.mark.parametrize("algo", ["ppo", "a2c"])
+def test_schedules_are_translated_to_sb3(algo):
+    """SB3 asks for its schedules after a rollout: 100 of 2000 steps are gone when ours stands at the beginning."""
+    model = sb3_model(algo)
+    schedules = {model.lr_schedule: 0.0123} | ({model.clip_range: 0.13} if algo == "ppo" else {})
+    for schedule, start in schedules.items():
+        assert schedule(0.95) == pytest.approx(start) and schedule(0.45) == pytest.approx(start / 2)
+    assert sb3_model(algo, anneal_lr=False).lr_schedule(0.45) == pytest.approx(0.0123)
+
+
+def test_ppos_hyperparameters_are_translated_to_sb3():
+    model = sb3_model("ppo")
+    assert (model.batch_size, model.n_epochs, model.ent_coef, model.vf_coef) == (20, 3, 0.019, 0.61)
+    assert (model.max_grad_norm, model.target_kl, model.normalize_advantage) == (0.77, 0.031, False)
+    assert model.clip_range_vf(1.0) == 0.17
+
+
+def test_a2cs_hyperparameters_are_translated_to_sb3():
+    model = sb3_model("a2c")
+    assert (model.ent_coef, model.vf_coef, model.max_grad_norm, model.normalize_advantage) == (0.019, 0.61, 0.77, True)
+    assert isinstance(model.policy.optimizer, torch.optim.Adam)
+    rmsprop = sb3_model("a2c", optimizer="rmsprop").policy.optimizer
+    assert isinstance(rmsprop, torch.optim.RMSprop)
+    assert (rmsprop.defaults["alpha"], rmsprop.defaults["eps"]) == (0.99, 1e-5)
+
+
+def test_trpos_hyperparameters_are_translated_to_sb3():
+    model = sb3_model("trpo")
+    assert (model.target_kl, model.cg_max_steps, model.cg_damping, model.normalize_advantage) == (
+        0.031,
+        7,
+        0.013,
+        False,
+    )
+    assert (model.line_search_max_iter, model.line_search_shrinking_factor) == (6, 0.57)
+    assert (model.batch_size, model.n_critic_updates, model.lr_schedule(0.5)) == (20, 3, 0.0123)
 
 
 def test_both_networks_start_from_the_same_distribution():
@@ -139,6 +206,12 @@ def test_interval_covers_a_difference_as_often_as_it_says():
     low, high = report.interval(report.iqm_difference, x, y)
     assert 0.86 < np.mean((low <= 1) & (1 <= high)) < 0.98
     assert np.mean((low <= 0) & (0 <= high)) < 0.7
+
+
+def test_steps_to_reach_is_the_end_of_the_first_bin_that_does():
+    curve = np.linspace(0, 49, report.BINS)
+    assert report.steps_to_reach(curve, 9.5, 50_000) == 11_000
+    assert report.steps_to_reach(curve, 0, 50_000) == 1_000 and np.isnan(report.steps_to_reach(curve, 50, 50_000))
 
 
 # Recording and reporting ------------------------------------------------------------------------------------

@@ -50,17 +50,23 @@ class Tiny:
     """flags that only this script has to refuse, and what its message must name"""
 
 
-def rebuild_ppo(module, args, observation_space, action_space, checkpoint):
+def rebuild_actor_critic(module, args, observation_space, action_space, checkpoint):
     agent = module.ActorCritic(observation_space, action_space, args.hidden_sizes, args.normalize_observations)
     agent.load_state_dict(checkpoint["agent"])
     return agent
+
+
+def rebuild_policy(module, args, observation_space, action_space, checkpoint):
+    policy = module.Policy(observation_space, action_space, args.hidden_sizes, args.normalize_observations)
+    policy.load_state_dict(checkpoint["policy"])
+    return policy
 
 
 TINY = {
     "ppo": Tiny(
         flags="--total-timesteps 512 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2"
         " --hidden-sizes 8 --eval-episodes 2",
-        rebuild=rebuild_ppo,
+        rebuild=rebuild_actor_critic,
         boxes="--env-id Pendulum-v1 --normalize-observations --learning-rate 1",
         explode=(
             ("--learning-rate inf", "_loss"),
@@ -71,6 +77,79 @@ TINY = {
             ("--num-minibatches 0", "--num-minibatches"),
             ("--num-steps 0", "--num-steps"),
             ("--update-epochs 0", "--update-epochs"),
+        ),
+    ),
+    "a2c": Tiny(
+        flags="--total-timesteps 512 --num-envs 2 --num-steps 16 --hidden-sizes 8 --eval-episodes 2",
+        rebuild=rebuild_actor_critic,
+        boxes="--env-id Pendulum-v1 --normalize-observations --learning-rate 1",
+        explode=(("--learning-rate inf", "not finite"),),
+        refusals=(("--num-steps 0", "--num-steps"),),
+    ),
+    "trpo": Tiny(
+        flags="--total-timesteps 512 --num-envs 2 --num-steps 64 --num-minibatches 2 --critic-epochs 2"
+        " --hidden-sizes 8 --eval-episodes 2",
+        rebuild=rebuild_actor_critic,
+        boxes="--env-id Pendulum-v1 --normalize-observations --target-kl 10",
+        explode=(
+            ("--learning-rate inf", "_loss"),
+            ("--learning-rate inf --num-minibatches 1 --critic-epochs 1 --total-timesteps 128", "not finite"),
+        ),
+        refusals=(
+            ("--num-minibatches 3", "--num-minibatches"),
+            ("--num-steps 0", "--num-steps"),
+            ("--cg-iterations 0", "--cg-iterations"),
+        ),
+    ),
+    "kfac": Tiny(
+        flags="--total-timesteps 512 --num-envs 2 --num-steps 16 --inverse-every 3 --hidden-sizes 8 --eval-episodes 2",
+        rebuild=rebuild_actor_critic,
+        boxes="--env-id Pendulum-v1 --normalize-observations --trust-region 100 --max-step-size 100",
+        explode=(
+            ("--trust-region inf --max-step-size inf", "not finite"),
+            ("--critic-trust-region inf --max-step-size inf --inverse-every 1000", "_loss"),
+            ("--trust-region inf --max-step-size inf --total-timesteps 32", "not finite"),
+        ),
+        refusals=(
+            ("--num-steps 0", "--num-steps"),
+            ("--inverse-every 0", "--inverse-every"),
+            ("--damping 0", "--damping"),
+            ("--trust-region 0", "--trust-region"),
+            ("--critic-trust-region -1", "--critic-trust-region"),
+            ("--max-step-size nan", "--max-step-size"),
+        ),
+    ),
+    "reinforce": Tiny(
+        flags="--total-timesteps 512 --num-envs 2 --hidden-sizes 8 --eval-episodes 2",
+        rebuild=rebuild_policy,
+        boxes="--env-id Pendulum-v1 --normalize-observations --learning-rate 1",
+        explode=(
+            ("--learning-rate inf", "policy_loss"),
+            ("--value-learning-rate inf", "value_loss"),
+            ("--learning-rate inf --total-timesteps 1", "not finite"),
+        ),
+        refusals=(
+            ("--baseline mean --num-envs 1", "--num-envs"),
+            ("--baseline optimal --num-envs 1", "--num-envs"),
+            ("--value-steps 0", "--value-steps"),
+        ),
+    ),
+    "grpo": Tiny(
+        flags="--total-timesteps 512 --num-envs 4 --group-size 2 --groups 2 --num-minibatches 2 --update-epochs 2"
+        " --hidden-sizes 8 --eval-episodes 2",
+        rebuild=rebuild_policy,
+        values="losses/returns",
+        boxes="--env-id Pendulum-v1 --normalize-observations --learning-rate 1",
+        explode=(
+            ("--learning-rate inf", "policy_loss"),
+            ("--learning-rate inf --num-minibatches 1 --update-epochs 1 --total-timesteps 1", "not finite"),
+        ),
+        refusals=(
+            ("--group-size 1", "--group-size"),
+            ("--num-envs 3", "--num-envs"),
+            ("--groups 3", "--groups"),
+            ("--num-minibatches 5", "--num-minibatches"),
+            ("--reference-every 0", "--reference-every"),
         ),
     ),
 }
@@ -175,9 +254,9 @@ def contents(folder) -> dict:
 
 
 def messages(err: str) -> list[str]:
-    """stderr's lines without progress bars."""
+    """stderr's lines without progress bars, which have no percentage once a run is past its last step."""
     lines = re.split("[\r\n]+", err.replace("\x1b[A", ""))
-    return [line for line in lines if line.strip() and not re.match(r".*\d+%\|.*\|.*\]\s*$", line)]
+    return [line for line in lines if line.strip() and not re.match(r".*\d+(%\|.*\||step ).*\]\s*$", line)]
 
 
 def assert_fails(algo, capsys, extra, names, code=2, action=train):
@@ -618,19 +697,19 @@ dist.destroy_process_group()
 def torchrun(script, *args) -> str:
     """Runs a script in two processes → what they print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *args]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_two_processes_train_as_one_run(algo):
-    out = torchrun(SCRIPTS[algo], *flags_of(algo))
+    out = torchrun(SCRIPTS[algo], *flags_of(algo, f"--env-id conftest:{TINY[algo].one_state}"))
     (run_dir,) = Path("runs").iterdir()
     assert out.splitlines()[-1] == f"run directory: {run_dir}" and out.count("evaluation: ") == 1
     state = load(run_dir)
     assert 512 <= state["step"] < 1024
-    # Rank 0 writes its own episodes, half of all; each is logged at the step of both processes together.
+    # Rank 0 writes its own episodes, half of all where each has 10 steps, at the step of both processes together.
     assert 0 < episodes(run_dir)[:, 1].sum() <= state["step"] / 2
     assert scalars(run_dir)["charts/SPS"][-1].step == state["step"]
 

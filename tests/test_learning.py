@@ -2,12 +2,24 @@
 
 from pathlib import Path
 
+import a2c
+import kfac
 import numpy as np
 import ppo
 import pytest
+import trpo
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ONE_STATE = ["--total-timesteps", "20000", "--learning-rate", "0.01", "--eval-episodes", "1", "--num-steps", "32"]
+ONE_STATE = {
+    a2c: "--total-timesteps 20000 --learning-rate 0.01 --eval-episodes 1 --max-grad-norm 100".split(),
+    ppo: "--total-timesteps 20000 --learning-rate 0.01 --eval-episodes 1 --num-steps 32".split(),
+    trpo: "--total-timesteps 20000 --learning-rate 0.01 --eval-episodes 1 --num-steps 32".split(),
+    kfac: "--total-timesteps 20000 --critic-trust-region 0.03 --eval-episodes 1 --num-envs 2"
+    " --no-anneal-step-size".split(),
+}
+"""Flags with which the critic learns the value of one state within seconds."""
+
+each_algo = pytest.mark.parametrize("algo", ONE_STATE, ids=lambda algo: algo.__name__)
 
 
 def train(module, *flags):
@@ -21,24 +33,27 @@ def last_scalar(run_dir: Path, tag: str) -> float:
     return events.Scalars(tag)[-1].value
 
 
+@each_algo
 @pytest.mark.parametrize("env_id", ["OneState-v0", "OneStateBox-v0", "OneStateDiscrete-v0"])
-def test_a_time_limit_is_not_a_termination(env_id):
+def test_a_time_limit_is_not_a_termination(env_id, algo):
     """Reward 1 for ever, episodes cut after 10 steps, γ = 0.99: the critic must say 100, not the 9.6 of ten steps."""
-    result = train(ppo, "--env-id", env_id, *ONE_STATE)
+    result = train(algo, "--env-id", env_id, *ONE_STATE[algo])
     assert last_scalar(result["run_dir"], "losses/values") == pytest.approx(100, abs=5)
     assert result["returns"] == [10]
 
 
-def test_a_termination_is_not_bootstrapped():
+@each_algo
+def test_a_termination_is_not_bootstrapped(algo):
     """The same reward, but the tenth step is terminal: the mean over the episode of Σ γᵏ to its end is 5.34."""
     whole_episodes = ["--num-steps", "40", "--gae-lambda", "1"]
-    result = train(ppo, "--env-id", "OneStateTerminal-v0", *ONE_STATE, *whole_episodes)
+    result = train(algo, "--env-id", "OneStateTerminal-v0", *ONE_STATE[algo], *whole_episodes)
     truth = np.mean([(1 - 0.99**k) / 0.01 for k in range(1, 11)])
     assert last_scalar(result["run_dir"], "losses/values") == pytest.approx(truth, abs=0.5)
 
 
-def test_ppo_learns_cartpole():
-    result = train(ppo, "--total-timesteps", 25_000)
+@each_algo
+def test_learns_cartpole(algo):
+    result = train(algo, "--total-timesteps", 25_000)
     assert result["returns"].mean() > 300
 
 

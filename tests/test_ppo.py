@@ -2,7 +2,6 @@
 
 import itertools
 
-import gymnasium as gym
 import numpy as np
 import ppo
 import pytest
@@ -10,7 +9,7 @@ import sb3
 import scipy.stats
 import torch
 from gymnasium.spaces import Box, Discrete
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
+from parity import assert_advantages_agree, copy_weights, follow, largest_difference, recorded_envs
 
 GAMMA, LAMBDA = 0.9, 0.8
 
@@ -177,35 +176,6 @@ def test_what_the_environment_takes_is_in_its_space():
 # Parity with Stable-Baselines3 ------------------------------------------------------------------------------
 
 
-class Recorder(VecEnvWrapper):
-    """Keeps what ppo.py's loop would have seen of each step: true next observations, both kinds of end."""
-
-    def reset(self):
-        self.obs, self.steps = self.venv.reset(), []
-        return self.obs
-
-    def step_wait(self):
-        obs, rewards, done, infos = self.venv.step_wait()
-        next_obs = obs.copy()
-        for i in np.flatnonzero(done):
-            next_obs[i] = infos[i]["terminal_observation"]
-        truncated = np.array([info["TimeLimit.truncated"] for info in infos])
-        self.steps.append((self.obs, next_obs, rewards.copy(), done & ~truncated, truncated))
-        self.obs = obs.copy()
-        return obs, rewards, done, infos
-
-
-def copy_weights(policy, agent):
-    """SB3's ActorCriticPolicy → ppo.ActorCritic."""
-    pi, vf = policy.mlp_extractor.policy_net, policy.mlp_extractor.value_net
-    pairs = {agent.actor: [*pi, policy.action_net], agent.critic: [*vf, policy.value_net]}
-    for ours, theirs in pairs.items():
-        for layer, other in zip(ours, theirs):
-            layer.load_state_dict(other.state_dict())
-    if not agent.discrete:
-        agent.log_std.data.copy_(policy.log_std)
-
-
 VARIANTS = {
     "plain": {},
     "no advantage normalisation": {"normalize_advantages": False},
@@ -230,33 +200,24 @@ def test_update_parity_with_sb3(env_id, variant, monkeypatch, record_property):
         learning_rate=3e-3,
         **{"anneal_lr": False, "gae_lambda": 0.9, "hidden_sizes": (32, 16)} | VARIANTS[variant],
     )
-    env = Recorder(DummyVecEnv([lambda: gym.make(env_id, max_episode_steps=17) for _ in range(N)]))
+    env = recorded_envs(env_id, N)
     model = sb3.ppo_model(args, env)
-    agent = ppo.ActorCritic(env.observation_space, env.action_space, args.hidden_sizes)
-    copy_weights(model.policy, agent)
+    spaces = env.observation_space, env.action_space
+    agent = copy_weights(model.policy, ppo.ActorCritic(*spaces, args.hidden_sizes))
     before = {name: p.clone() for name, p in agent.named_parameters()}
     optimizer = torch.optim.Adam(agent.parameters(), torch.tensor(args.learning_rate), eps=1e-5, fused=True)
-    sb3_train, permutation, orders, ends, stops = model.train, np.random.permutation, [], [0, 0], []
+    permutation, orders, stops = np.random.permutation, [], []
     monkeypatch.setattr(np.random, "permutation", lambda n: orders.append(permutation(n)) or orders[-1])
 
-    def train():
+    def update(obs, next_obs, actions, rewards, terminated, truncated):
         remaining = 1 - (model.num_timesteps - T * N) / args.total_timesteps
         optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (remaining if args.anneal_lr else 1))
         clip = args.clip_coef * (remaining if args.anneal_clip else 1)
-        orders.clear()
-        sb3_train()
-        obs, next_obs, rewards, terminated, truncated = (torch.as_tensor(np.array(x)) for x in zip(*env.steps))
-        env.steps.clear()
-        ends[0] += terminated.sum()
-        ends[1] += truncated.sum()
-        actions = torch.as_tensor(model.rollout_buffer.actions).reshape(N, T, -1).swapaxes(0, 1)
-        actions = actions.squeeze(-1).long() if agent.discrete else actions
         with torch.no_grad():
             values, next_values = agent.value(obs), agent.value(next_obs)
             log_probs, _ = agent.log_prob_and_entropy(obs, actions)
         advantages = ppo.gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
-        theirs = torch.as_tensor(model.rollout_buffer.advantages).reshape(N, T).T
-        torch.testing.assert_close(advantages, theirs, rtol=1e-4, atol=1e-4)
+        assert_advantages_agree(model, advantages)
         batch = (obs, actions, log_probs, values, advantages, advantages + values)
         batch = ppo.PPOBatch(*(x.flatten(0, 1) for x in batch))
         kl_passed = False
@@ -268,17 +229,12 @@ def test_update_parity_with_sb3(env_id, variant, monkeypatch, record_property):
                 if kl_passed:
                     break
         stops.append(kl_passed)
+        orders.clear()
 
-    monkeypatch.setattr(model, "train", train)
-    model.learn(args.total_timesteps)
-    assert len(stops) == iterations and ends[1] > 0 and (env_id == "Pendulum-v1" or ends[0] > 0)
+    follow(model, args.total_timesteps, update)
     assert any(stops) == (variant == "target KL")
-    reference = ppo.ActorCritic(env.observation_space, env.action_space, args.hidden_sizes)
-    copy_weights(model.policy, reference)
-    worst = 0.0
-    for (name, ours), theirs in zip(agent.named_parameters(), reference.parameters()):
-        assert (ours - before[name]).abs().max() > 1e-3, f"{name} did not move"
-        worst = max(worst, ((ours - theirs).norm() / theirs.norm()).item())
+    reference = copy_weights(model.policy, ppo.ActorCritic(*spaces, args.hidden_sizes))
+    worst = largest_difference(agent, reference, before)
     record_property("relative difference", worst)
     print(f"{env_id}, {variant}: largest relative difference of a parameter {worst:.1e}")
     assert worst < 1e-5

@@ -1,0 +1,243 @@
+"""algos/grpo.py: group advantages, the KL to the reference, and REINFORCE's gradient as a special case."""
+
+import grpo
+import gymnasium as gym
+import numpy as np
+import pytest
+import reinforce
+import scipy.stats
+import torch
+from gymnasium.spaces import Box, Discrete
+from test_learning import last_scalar, train
+from test_reinforce import LENGTHS, play
+
+
+class IgnoresSeed(gym.Env):
+    """Starts anywhere, whatever the seed."""
+
+    observation_space, action_space = Box(-1, 1, (1,)), Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.random.default_rng().uniform(-1, 1, 1).astype(np.float32), {}
+
+
+gym.register("IgnoresSeed-v0", IgnoresSeed, max_episode_steps=10)
+
+
+# Advantages -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("std_normalisation", [True, False])
+def test_group_advantages_are_the_definition(std_normalisation):
+    returns = torch.randn(5, 12, dtype=torch.float64) * 30 + 7
+    advantages = grpo.group_advantages(returns, 4, std_normalisation)
+    for t in range(5):
+        for group in (slice(0, 4), slice(4, 8), slice(8, 12)):
+            expected = returns[t, group].numpy() - returns[t, group].mean().item()
+            expected /= returns[t, group].numpy().std() if std_normalisation else 1
+            np.testing.assert_allclose(advantages[t, group], expected, rtol=1e-6)
+            assert abs(advantages[t, group].mean()) < 1e-12
+
+
+@pytest.mark.parametrize("value", [0.0, 1 / 3, 63.39676587, -1e6])
+def test_a_group_of_equal_returns_gives_exactly_0(value):
+    """Also where the mean of G equal numbers is not that number to the last bit, as for most of these G."""
+    for group_size in range(2, 20):
+        returns = torch.full((1, 2 * group_size), value)
+        returns[0, -1] += 1
+        advantages = grpo.group_advantages(returns, group_size, std_normalisation=True)[0]
+        assert advantages[:group_size].eq(0).all()
+        assert advantages[group_size:].isfinite().all() and advantages[-1] > 0
+
+
+@pytest.mark.parametrize("reward_to_go", [False, True])
+def test_with_one_epoch_and_no_deviation_the_gradient_is_that_of_reinforces_mean_baseline(reward_to_go):
+    """Times (G−1)/G, as the group's mean has the episode itself in it, and times episodes/steps: a mean over steps."""
+    policy, (observations, actions, rewards, running, *_), _ = play(grpo)
+    log_probs, entropy = policy.log_prob_and_entropy(observations, actions)
+    returns = grpo.returns_to_go(rewards, 0.9)
+    returns = returns if reward_to_go else returns[:1].expand_as(returns)
+    weights = returns - reinforce.leave_one_out_mean(returns)
+    theirs = reinforce.policy_gradient_loss(log_probs, entropy, weights, running, 0.0)
+
+    advantages = grpo.group_advantages(returns, 4, std_normalisation=False)
+    old = log_probs.detach()
+    batch = grpo.GRPOBatch(*(x[running] for x in (observations, actions, old, old, advantages)))
+    ours, _ = grpo.grpo_loss(policy, batch, grpo.Args(ent_coef=0.0, kl_coef=0.0))
+    factor = (4 - 1) / 4 * 4 / sum(LENGTHS)
+    ours, theirs = (torch.autograd.grad(loss, list(policy.parameters())) for loss in (ours, theirs))
+    assert all(gradient.abs().max() > 1e-3 for gradient in theirs)
+    torch.testing.assert_close(ours, [gradient * factor for gradient in theirs], rtol=1e-4, atol=1e-7)
+
+
+# The loss ---------------------------------------------------------------------------------------------------
+
+
+def test_k3_is_the_kl_of_two_categoricals_in_the_mean():
+    """E over π of q − 1 − log q, q = π_ref/π: the exact KL(π ‖ π_ref), and every sample's share is at least 0."""
+    pi, reference = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.4, 0.5])
+    log_q = (reference / pi).log()
+    exact = scipy.stats.entropy(pi, reference)
+    assert abs(exact - scipy.stats.entropy(reference, pi)) > 0.05
+    assert sum(p * grpo.approximate_kl(x[None]) for p, x in zip(pi, log_q)).item() == pytest.approx(exact, rel=1e-5)
+    assert all(grpo.approximate_kl(x[None]) >= 0 for x in log_q)
+    actions = pi.multinomial(400_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    assert grpo.approximate_kl(log_q[actions]).item() == pytest.approx(exact, rel=0.02)
+
+
+def one_state_batch(pi, reference):
+    """A policy of one state with these probabilities, and the batch in which every action has its share exactly."""
+    policy = grpo.Policy(Discrete(1), Discrete(len(pi)), ())
+    policy.actor[-1].weight.data.zero_()
+    policy.actor[-1].bias.data.copy_(torch.tensor(pi).log())
+    actions = torch.repeat_interleave(torch.arange(len(pi)), (torch.tensor(pi) * 10).round().int())
+    states = policy.encode(torch.zeros(10, dtype=torch.int64))
+    log_probs = torch.tensor(pi).log()[actions]
+    batch = grpo.GRPOBatch(states, actions, log_probs, torch.tensor(reference).log()[actions], torch.zeros(10))
+    return policy, batch
+
+
+def test_the_kl_to_the_reference_and_its_gradient():
+    """The value is KL(π ‖ π_ref); the gradient is that of KL(π_ref ‖ π), π − π_ref in the logits."""
+    pi, reference = [0.5, 0.3, 0.2], [0.1, 0.4, 0.5]
+    policy, batch = one_state_batch(pi, reference)
+    loss, metrics = grpo.grpo_loss(policy, batch, grpo.Args(kl_coef=0.7, ent_coef=0.0))
+    metrics = dict(zip(grpo.METRICS, metrics.tolist()))
+    assert metrics["reference_kl"] == pytest.approx(scipy.stats.entropy(pi, reference), rel=1e-5)
+    assert loss.item() == pytest.approx(0.7 * metrics["reference_kl"], rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, policy.actor[-1].bias)
+    torch.testing.assert_close(gradient, 0.7 * (torch.tensor(pi) - torch.tensor(reference)))
+
+
+def test_the_entropy_bonus_and_its_gradient():
+    pi = [0.5, 0.3, 0.2]
+    policy, batch = one_state_batch(pi, pi)
+    loss, metrics = grpo.grpo_loss(policy, batch, grpo.Args(kl_coef=0.0, ent_coef=0.3))
+    assert metrics[grpo.METRICS.index("entropy")].item() == pytest.approx(scipy.stats.entropy(pi), rel=1e-5)
+    assert loss.item() == pytest.approx(-0.3 * scipy.stats.entropy(pi), rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, policy.actor[-1].bias)
+    p = np.array(pi)
+    np.testing.assert_allclose(gradient, 0.3 * p * (np.log(p) + scipy.stats.entropy(p)), rtol=1e-4, atol=1e-6)
+
+
+def test_the_ratio_is_clipped():
+    """The first action's ratio is 2 and its advantage positive: no gradient, and half of the batch is clipped."""
+    policy, batch = one_state_batch([0.5, 0.3, 0.2], [0.5, 0.3, 0.2])
+    log_probs = torch.where(batch.actions == 0, np.log(0.25), batch.log_probs)
+    batch = batch._replace(log_probs=log_probs, advantages=(batch.actions == 0).float())
+    loss, metrics = grpo.grpo_loss(policy, batch, grpo.Args(clip_coef=0.2))
+    metrics = dict(zip(grpo.METRICS, metrics.tolist()))
+    assert metrics["clipfrac"] == 0.5 and metrics["policy_loss"] == pytest.approx(-1.2 * 0.5)
+    assert metrics["approx_kl"] == pytest.approx(0.5 * (2 - 1 - np.log(2)), rel=1e-5)
+    assert torch.autograd.grad(loss, policy.actor[-1].bias)[0].abs().max() < 1e-7
+
+
+def test_shuffled_parts_are_whole_epochs_in_a_new_order_with_rows_kept_together():
+    rows = torch.arange(11)
+    parts = list(grpo.shuffled_parts([rows, 10 * rows], epochs=2, parts=4))
+    assert [len(a) for a, _ in parts] == 2 * [3, 3, 3, 2] and all(torch.equal(10 * a, b) for a, b in parts)
+    epochs = [torch.cat([a for a, _ in parts[i : i + 4]]) for i in (0, 4)]
+    assert all(torch.equal(epoch.sort().values, rows) for epoch in epochs)
+    assert not torch.equal(*epochs) and not torch.equal(epochs[0], rows)
+
+
+# Training ---------------------------------------------------------------------------------------------------
+
+TINY = ["--hidden-sizes", 8, "--no-anneal-lr", "--eval-episodes", 1, "--num-minibatches", 1, "--update-epochs", 1]
+GROUPS = ["--num-envs", 6, "--group-size", 3, "--groups", 4]
+
+
+def recorded(monkeypatch, name, keep):
+    """What `keep` makes of every call of a function of grpo.py: keep(result, *arguments)."""
+    function, kept = getattr(grpo, name), []
+
+    def recording(*args):
+        result = function(*args)
+        kept.append(keep(result, *args))
+        return result
+
+    monkeypatch.setattr(grpo, name, recording)
+    return kept
+
+
+def test_each_group_starts_from_one_state_of_its_own(monkeypatch):
+    starts = recorded(monkeypatch, "play_episodes", lambda result, *_: result[0].observations[0])
+    flags = [*TINY, *GROUPS, "--total-timesteps"]
+    run_dir = train(grpo, *flags, 600)["run_dir"]
+    train(grpo, "--resume", run_dir, "--total-timesteps", 1200)
+    groups = torch.cat(starts).unflatten(0, (-1, 3))
+    assert len(groups) >= 12 and (groups == groups[:, :1]).all()
+    assert len(groups[:, 0].unique(dim=0)) == len(groups)
+
+
+@pytest.mark.parametrize("flags", [["--reward-to-go"], ["--no-reward-to-go", "--no-std-normalisation"]])
+def test_a_batch_is_every_step_that_was_played_with_the_advantage_of_its_episode(flags, monkeypatch):
+    """By loops over rounds, groups, episodes and steps."""
+    rounds = recorded(monkeypatch, "play_episodes", lambda result, *_: result[0])
+    batches = recorded(monkeypatch, "grpo_update", lambda _, policy, optimizer, batch, args: batch)
+    flags = [*TINY, *GROUPS, "--gamma", 0.9, "--env-id", "CartPole-v1", "--total-timesteps", 1, *flags]
+    result = train(grpo, *flags)
+    expected = []
+    for observations, _, rewards, running, *_ in rounds:
+        lengths = running.sum(0).tolist()
+        R = np.zeros(rewards.shape)
+        for i, length in enumerate(lengths):
+            for t in range(len(R)):
+                first = t if "--reward-to-go" in flags else 0
+                R[t, i] = sum(0.9 ** (k - first) * rewards[k, i].item() for k in range(first, length))
+        for i, length in enumerate(lengths):
+            group = slice(i // 3 * 3, i // 3 * 3 + 3)
+            for t in range(length):
+                advantage = R[t, i] - R[t, group].mean()
+                if "--no-std-normalisation" not in flags and advantage != 0:
+                    advantage /= R[t, group].std()
+                expected.append([*observations[t, i].tolist(), advantage])
+    (batch,) = batches
+    found = torch.cat([batch.states, batch.advantages[:, None]], 1).numpy()
+    expected = np.array(expected, dtype=np.float32)
+    found, expected = (x[np.lexsort(x.T[::-1])] for x in (found, expected))  # a group shares its first observations
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    assert len(rounds) == 2 and len(found) == torch.load(result["run_dir"] / "checkpoint.pt")["step"]
+
+
+def test_the_reference_is_renewed_every_so_many_iterations_also_after_a_resume(monkeypatch):
+    """In the first step of an iteration π is π_old: where the reference is new, both KLs are 0."""
+    kls = recorded(monkeypatch, "grpo_update", lambda metrics, *_: dict(zip(grpo.METRICS, metrics.tolist())))
+    stops = iter([False] * 4 + [True] + [False] * 4 + [True])
+    monkeypatch.setattr(grpo.Run, "interrupted", lambda run: next(stops))
+    flags = [*TINY, *GROUPS, "--kl-coef", 0.1, "--reference-every", 3, "--learning-rate", 0.01]
+    run_dir = train(grpo, *flags)["run_dir"]
+    train(grpo, "--resume", run_dir)
+    assert [abs(x["approx_kl"]) < 1e-6 for x in kls] == [True] * 8
+    assert [abs(x["reference_kl"]) < 1e-6 for x in kls] == [i % 3 == 0 for i in range(8)]
+
+
+def test_going_on_is_the_same_as_never_having_stopped():
+    """Iterations are whole episodes, whose seeds come from the random state in the checkpoint."""
+    flags = [*TINY, *GROUPS, "--kl-coef", 0.1, "--reference-every", 3]
+    whole = train(grpo, *flags, "--total-timesteps", 3000)["run_dir"]
+    half = train(grpo, *flags, "--total-timesteps", 1500)["run_dir"]
+    train(grpo, "--resume", half, "--total-timesteps", 3000)
+    a, b = (torch.load(x / "checkpoint.pt", weights_only=True) for x in (whole, half))
+    assert a["step"] == b["step"]
+    for module in ("policy", "reference", "counter"):
+        assert all(torch.equal(a[module][key], b[module][key]) for key in a[module])
+
+
+def test_an_environment_that_ignores_the_seed_is_refused(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train(grpo, "--env-id", "IgnoresSeed-v0")
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert exit_.value.code == 2 and len(lines) == 1
+    assert lines[0].startswith("grpo.py: IgnoresSeed-v0") and "seed" in lines[0]
+
+
+def test_without_a_critic_a_return_ends_at_the_cut():
+    result = train(grpo, "--env-id", "OneState-v0", *TINY, *GROUPS, "--total-timesteps", 40, "--gamma", 0.9)
+    truth = np.mean([(1 - 0.9**k) / 0.1 for k in range(1, 11)])
+    assert last_scalar(result["run_dir"], "losses/returns") == pytest.approx(truth, rel=1e-4)
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-std-normalisation", "--reward-to-go", "--kl-coef", 0.01]])
+def test_grpo_learns(flags):
+    assert train(grpo, "--total-timesteps", 15_000, *flags)["returns"].mean() > 100

@@ -1,0 +1,385 @@
+"""algos/kfac.py: Kronecker factors, damping, step and both networks' updates against dense matrices."""
+
+import time
+from dataclasses import replace
+
+import kfac
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete
+from torch.nn import functional as F
+
+ARGS = kfac.Args(trust_region=1e-3, critic_trust_region=1e-2, max_step_size=1e9, damping=0.01)
+SPACES = {"discrete": Discrete(3), "box": Box(-1, 1, (2,))}
+each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+
+
+def make_agent(space, hidden_sizes=(), inputs=4, seed=0):
+    """An agent in float64 whose policy is far from uniform, and its curvature."""
+    torch.manual_seed(seed)
+    agent = kfac.ActorCritic(Box(-1, 1, (inputs,)), space, hidden_sizes, log_std_init=-0.3).double()
+    with torch.no_grad():
+        agent.actor[-1].weight *= 100
+        for layer in kfac.linear_layers(agent):
+            layer.bias.normal_(std=0.5)
+    return agent, torch.nn.ModuleList(kfac.KroneckerFactors(layer) for layer in kfac.linear_layers(agent)).double()
+
+
+def make_batch(agent, size, states=None):
+    """Random states, actions of the policy, advantages that depend on both, random returns."""
+    states = torch.randn(size, agent.actor[0].in_features).double() if states is None else states
+    with torch.no_grad():
+        actions = agent.sample(states, agent.draw_noise(size))
+    advantages = torch.randn(size).double() + states[:, 0] + (actions if agent.discrete else actions.sum(-1))
+    return kfac.KFACBatch(states, actions, advantages, 2 * torch.randn(size).double() + states[:, 1])
+
+
+def vec(weight, bias):
+    """The columns of [W b] below each other."""
+    return torch.cat([weight, bias.unsqueeze(1)], 1).T.flatten()
+
+
+def vectors(layers):
+    return [vec(layer.weight.detach(), layer.bias.detach()) for layer in layers]
+
+
+def per_sample_gradients(values, network):
+    """Gradients (B, P) of each of the values (B,), layer by layer, each as vec."""
+    layers = [layer for layer in network if isinstance(layer, torch.nn.Linear)]
+    rows = []
+    for value in values:
+        gradients = torch.autograd.grad(value, [p for x in layers for p in (x.weight, x.bias)], retain_graph=True)
+        rows.append(torch.cat([vec(*pair) for pair in zip(gradients[::2], gradients[1::2])]))
+    return torch.stack(rows)
+
+
+def own_actions(agent, states, noise):
+    return agent.sample(states, noise).detach()
+
+
+def update(agent, curvature, batch, args=ARGS, number=1, annealed=1.0, noise=None, measure=kfac.gradients_and_factors):
+    noise = agent.draw_noise(len(batch.states)) if noise is None else noise
+    return kfac.kfac_update(agent, curvature, batch, noise, number, annealed, args, measure)
+
+
+# Gradients and factors --------------------------------------------------------------------------------------
+
+
+@each_space
+def test_gradients_are_those_of_the_loss(space):
+    agent, _ = make_agent(space, (5, 6))
+    batch = make_batch(agent, 30)
+    gradients, _, losses, log_probs = kfac.gradients_and_factors(agent, batch, agent.draw_noise(30), 0.3)
+    expected_log_probs, entropy = agent.log_prob_and_entropy(batch.states, batch.actions)
+    policy_loss = -(expected_log_probs * batch.advantages).mean()
+    value_loss = (agent.value(batch.states) - batch.returns).square().mean()
+    (policy_loss - 0.3 * entropy.mean() + value_loss / 2).backward()
+    for gradient, layer in zip(gradients, kfac.linear_layers(agent)):
+        torch.testing.assert_close(gradient.T.flatten(), vec(layer.weight.grad, layer.bias.grad))
+    if not agent.discrete:
+        torch.testing.assert_close(gradients[-1], agent.log_std.grad)
+    assert len(gradients) == len(kfac.linear_layers(agent)) + (not agent.discrete)
+    torch.testing.assert_close(losses, torch.stack([policy_loss, value_loss, entropy.mean()]).detach())
+    torch.testing.assert_close(log_probs, expected_log_probs.detach())
+
+
+@each_space
+def test_one_layer_and_one_sample_are_the_dense_fisher_block(space):
+    agent, _ = make_agent(space)
+    batch, noise = make_batch(agent, 1), agent.draw_noise(1)
+    _, (A, G), *_ = kfac.actor_gradients(agent, batch, noise, 0.0)
+    log_probs, _ = agent.log_prob_and_entropy(batch.states, own_actions(agent, batch.states, noise))
+    (score,) = per_sample_gradients(log_probs, agent.actor)
+    assert score.norm() > 0.1
+    torch.testing.assert_close(torch.kron(A, G), torch.outer(score, score))
+
+
+def test_a_linear_layer_with_independent_factors_is_the_dense_fisher_block():
+    """Of a Gaussian with linear mean, g = noise/σ² knows nothing of the state: every state meets every noise."""
+    agent, _ = make_agent(SPACES["box"])
+    noise = agent.draw_noise(7).double().repeat(11, 1)
+    batch = make_batch(agent, 77, torch.randn(11, 4).double().repeat_interleave(7, 0))
+    _, (A, G), *_ = kfac.actor_gradients(agent, batch, noise, 0.0)
+    log_probs, _ = agent.log_prob_and_entropy(batch.states, own_actions(agent, batch.states, noise))
+    scores = per_sample_gradients(log_probs, agent.actor)
+    torch.testing.assert_close(torch.kron(A, G), scores.T @ scores / 77)
+
+
+def test_the_fisher_matrix_is_of_the_policys_own_actions():
+    """G of softmax(logits) is E[diag(p) − ppᵀ], whatever actions were taken; the empirical one depends on them."""
+    agent, _ = make_agent(SPACES["discrete"])
+    states = torch.randn(20, 4).double()
+    p = agent.actor(states).softmax(-1).detach()
+    exact = torch.diag(p.mean(0)) - p.T @ p / 20
+    batch = make_batch(agent, 100_000, states.repeat(5000, 1))
+    batch = batch._replace(actions=torch.zeros_like(batch.actions))
+    _, (_, G), *_ = kfac.actor_gradients(agent, batch, agent.draw_noise(100_000), 0.0)
+    empirical = F.one_hot(torch.zeros(20, dtype=torch.int64), 3) - p
+    torch.testing.assert_close(G, exact, atol=5e-3, rtol=0)
+    assert (empirical.T @ empirical / 20 - exact).abs().max() > 0.1
+
+
+def test_critic_factors_are_exact():
+    """Per layer A = E[āāᵀ], G = E[ggᵀ] with g = ∂V/∂s: traces multiply to those of the Gauss-Newton block's parts."""
+    agent, _ = make_agent(SPACES["discrete"], (5,))
+    batch = make_batch(agent, 40)
+    _, (A0, G0, A1, G1), _ = kfac.critic_gradients(agent, batch)
+    hidden = agent.critic[1](agent.critic[0](batch.states)).detach()
+    slopes = (1 - hidden.square()) * agent.critic[2].weight.detach()
+    torch.testing.assert_close(G0, slopes.T @ slopes / 40)
+    torch.testing.assert_close(G1, torch.ones(1, 1).double())
+    for A, x in ((A0, batch.states), (A1, hidden)):
+        x = torch.cat([x, torch.ones(40, 1)], 1)
+        torch.testing.assert_close(A, x.T @ x / 40)
+
+
+# Damping, running averages, step size -----------------------------------------------------------------------
+
+
+def random_factors(seed=0):
+    """A layer's factors of very different scale, filled at random."""
+    torch.manual_seed(seed)
+    factors = kfac.KroneckerFactors(torch.nn.Linear(4, 3)).double()
+    a, g = 5 * torch.randn(30, 5).double(), 0.1 * torch.randn(30, 3).double()
+    factors.update(*kfac.kronecker_factors(a, g), weight=1.0)
+    return factors
+
+
+@pytest.mark.parametrize("damping", [1e-4, 0.01, 1.0])
+def test_precondition_solves_the_damped_dense_system(damping):
+    factors = random_factors()
+    factors.invert(damping)
+    A, G = factors.A, factors.G
+    pi = ((A.trace() / 5) / (G.trace() / 3)) ** 0.5
+    assert pi > 10
+    dense = torch.kron(A + pi * damping**0.5 * torch.eye(5), G + damping**0.5 / pi * torch.eye(3))
+    gradient = torch.randn(3, 5).double()
+    expected = torch.linalg.solve(dense, gradient.T.flatten())
+    torch.testing.assert_close(factors.precondition(gradient).T.flatten(), expected)
+
+
+def test_a_policy_without_curvature_still_has_finite_inverses():
+    """Of a policy that has become deterministic, G is 0; rounding may leave a factor slightly indefinite."""
+    factors = kfac.KroneckerFactors(torch.nn.Linear(4, 3))
+    factors.update(torch.eye(5) - 1e-7, torch.zeros(3, 3), weight=1.0)
+    factors.invert(0.01)
+    assert factors.A_inverse.isfinite().all() and factors.G_inverse.isfinite().all()
+    inverse = kfac.damped_inverse(torch.diag(torch.tensor([1.0, -1e-3])), torch.tensor(1e-3))
+    torch.testing.assert_close(inverse.diag(), torch.tensor([1 / 1.001, 1e3]))
+
+
+def test_quadratic_form_and_step_size():
+    factors, step = random_factors(), torch.randn(3, 5).double()
+    x = step.T.flatten()
+    form = x @ torch.kron(factors.A, factors.G) @ x
+    torch.testing.assert_close(factors.quadratic_form(step), form)
+    assert kfac.trust_region_step_size(form, 0.01, 1e9).item() == pytest.approx((0.02 / form.item()) ** 0.5)
+    assert kfac.trust_region_step_size(form, 0.01, 1e-4).item() == pytest.approx(1e-4)
+    assert kfac.trust_region_step_size(0 * form, 0.01, 0.25).item() == 0.25
+    assert kfac.trust_region_step_size(0 * form, 0 * form, 0.25).item() == 0  # a critic without error
+
+
+@each_space
+@pytest.mark.parametrize("annealed", [1.0, 0.5])
+def test_both_steps_end_on_their_trust_regions(space, annealed):
+    """The parameters' change d has dᵀ F̂ d = 2δ, with F̂ dense and log σ's block 2I; of the critic 2δ·E[(V − R̂)²]."""
+    agent, curvature = make_agent(space, (5,))
+    batch, before = make_batch(agent, 50), vectors(kfac.linear_layers(agent))
+    log_std = None if agent.discrete else agent.log_std.detach().clone()
+    *_, losses, _ = kfac.gradients_and_factors(agent, batch, agent.draw_noise(50), 0.0)
+    update(agent, curvature, batch, annealed=annealed)
+    steps = [new - old for new, old in zip(vectors(kfac.linear_layers(agent)), before)]
+    forms = [d @ torch.kron(layer.A, layer.G) @ d for d, layer in zip(steps, curvature)]
+    actor_form, critic_form = forms[0] + forms[1], forms[2] + forms[3]
+    if not agent.discrete:
+        step = agent.log_std.detach() - log_std
+        assert 2 * step.square().sum() > 0.01 * actor_form
+        actor_form = actor_form + 2 * step.square().sum()
+    assert actor_form.item() == pytest.approx(2e-3 * annealed**2)
+    assert critic_form.item() == pytest.approx(2e-2 * losses[1].item() * annealed**2)
+
+
+def test_the_bound_on_the_step_size_holds_where_it_is_smaller():
+    agent, curvature = make_agent(SPACES["discrete"], (5,))
+    *_, size, critic_size = update(agent, curvature, make_batch(agent, 50), replace(ARGS, max_step_size=1e-5))
+    assert size.item() == critic_size.item() == pytest.approx(1e-5)
+
+
+def test_the_trust_region_bounds_the_kl():
+    """With many samples of a linear policy K-FAC's F̂ is nearly exact: the step's KL divergence is δ."""
+    agent, curvature = make_agent(SPACES["box"])
+    batch = make_batch(agent, 20_000)
+    old = torch.distributions.Normal(agent.actor(batch.states).detach(), agent.log_std.detach().exp())
+    metrics = update(agent, curvature, batch)
+    new = torch.distributions.Normal(agent.actor(batch.states), agent.log_std.exp())
+    kl = torch.distributions.kl_divergence(old, new).sum(-1).mean().item()
+    assert kl == pytest.approx(1e-3, rel=0.1)
+    assert metrics[kfac.METRICS.index("approx_kl")].item() == pytest.approx(kl, rel=0.1)
+
+
+def test_running_averages_and_their_inverses():
+    """Weights 1, 1/2, 1/3, then 0.3 for ever; new inverses with the first update and with every third after it."""
+    agent, curvature = make_agent(SPACES["discrete"], (5,))
+    seen, args = [], replace(ARGS, statistics_decay=0.7, inverse_every=3)
+
+    def measure(*inputs):
+        outputs = kfac.gradients_and_factors(*inputs)
+        seen.append([x.clone() for x in outputs[1]])
+        return outputs
+
+    averages, history = None, []
+    for number, weight in enumerate([1, 1 / 2, 1 / 3, 0.3, 0.3, 0.3], 1):
+        update(agent, curvature, make_batch(agent, 50), args, number, measure=measure)
+        averages = [weight * x + (1 - weight) * y for x, y in zip(seen[-1], averages or seen[-1])]
+        history.append(averages)
+        for i, layer in enumerate(curvature):
+            A, G = averages[2 * i], averages[2 * i + 1]
+            torch.testing.assert_close((layer.A, layer.G), (A, G))
+            A, G = history[(number - 1) // 3 * 3][2 * i : 2 * i + 2]
+            pi = ((A.trace() / len(A)) / (G.trace() / len(G))) ** 0.5
+            torch.testing.assert_close(layer.A_inverse @ (A + 0.1 * pi * torch.eye(len(A))), torch.eye(len(A)).double())
+    assert (seen[0][1] - seen[1][1]).abs().max() > 1e-3
+
+
+def test_the_fisher_matrix_of_log_std_is_two():
+    """The Hessian of KL(π_old ‖ π) by mean and log σ: 2 per dimension of log σ, and nothing between the two."""
+    agent, curvature = make_agent(SPACES["box"])
+    mean, log_std = torch.randn(2).double(), agent.log_std.detach().clone()
+    old = torch.distributions.Normal(mean, log_std.exp())
+
+    def kl(x):
+        return torch.distributions.kl_divergence(old, torch.distributions.Normal(x[:2], x[2:].exp())).sum()
+
+    fisher = torch.autograd.functional.hessian(kl, torch.cat([mean, log_std]))
+    torch.testing.assert_close(fisher[2:], torch.tensor([[0, 0, 2, 0], [0, 0, 0, 2]]).double())
+    batch, noise = make_batch(agent, 50), agent.draw_noise(50)
+    gradients, *_ = kfac.gradients_and_factors(agent, batch, noise, 0.0)
+    *_, size, _ = update(agent, curvature, batch, noise=noise)
+    expected = log_std - size * torch.linalg.solve(fisher[2:, 2:] + ARGS.damping * torch.eye(2), gradients[-1])
+    torch.testing.assert_close(agent.log_std.detach(), expected)
+
+
+# Directions -------------------------------------------------------------------------------------------------
+
+
+def test_one_layer_critic_takes_a_dense_damped_gauss_newton_step():
+    agent, curvature = make_agent(SPACES["discrete"])
+    batch, (before,) = make_batch(agent, 50), vectors([agent.critic[0]])
+    x = torch.cat([batch.states, torch.ones(50, 1)], 1).double()
+    gauss_newton, gradient = x.T @ x / 50, x.T @ (x @ before - batch.returns) / 50
+    pi = (gauss_newton.trace() / 5) ** 0.5
+    damped = (gauss_newton + 0.1 * pi * torch.eye(5)) * (1 + 0.1 / pi)
+    *_, size = update(agent, curvature, batch)
+    expected = before - size * torch.linalg.solve(damped, gradient)
+    torch.testing.assert_close(vectors([agent.critic[0]])[0], expected)
+
+
+def test_a_whole_gauss_newton_step_of_a_linear_critic_is_least_squares():
+    agent, curvature = make_agent(SPACES["discrete"])
+    batch = make_batch(agent, 50)
+    x = torch.cat([batch.states, torch.ones(50, 1)], 1).double()
+    update(agent, curvature, batch, replace(ARGS, damping=1e-16, critic_trust_region=1e9, max_step_size=1.0))
+    expected = torch.linalg.lstsq(x, batch.returns.unsqueeze(1)).solution.squeeze(1)
+    torch.testing.assert_close(vectors([agent.critic[0]])[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_kfac_is_closer_to_the_exact_natural_gradient_than_the_gradient_is(seed):
+    """Two layers: cosine similarity with (F + λI)⁻¹∇L, where F is dense and its expectation over actions exact.
+
+    Advantages are noise, as they mostly are in a rollout. It is no law: of a gradient that hardly varies from sample
+    to sample, even the exact block diagonal of F can lead further away than the gradient itself.
+    """
+    agent, curvature = make_agent(SPACES["discrete"], (6,), seed=seed)
+    batch = make_batch(agent, 300, torch.randn(300, 4).double() @ torch.randn(4, 4).double())
+    batch = batch._replace(advantages=torch.randn(300).double())
+    fisher = 0
+    for action in range(3):
+        log_probs, _ = agent.log_prob_and_entropy(batch.states, torch.full((300,), action))
+        scores = per_sample_gradients(log_probs, agent.actor)
+        fisher = fisher + (log_probs.exp().detach().unsqueeze(1) * scores).T @ scores / 300
+    gradients, *_ = kfac.gradients_and_factors(agent, batch, agent.draw_noise(300), 0.0)
+    gradient = torch.cat([x.T.flatten() for x in gradients[:2]])
+    natural = torch.linalg.solve(fisher + ARGS.damping * torch.eye(len(fisher)), gradient)
+    before = torch.cat(vectors(kfac.linear_layers(agent)[:2]))
+    update(agent, curvature, batch)
+    direction = before - torch.cat(vectors(kfac.linear_layers(agent)[:2]))
+    plain, ours = (F.cosine_similarity(x, natural, dim=0).item() for x in (gradient, direction))
+    assert ours > plain and ours > 0.5, (ours, plain)
+
+
+def test_an_affine_change_of_the_inputs_leaves_the_steps_effect_unchanged_and_sgds_not():
+    """Inputs M x + c with weights that undo it: the same function before the step, so the same function after it."""
+    torch.manual_seed(1)
+    M, c = torch.randn(3, 3).double() + 2 * torch.eye(3), torch.randn(3).double()
+    args = replace(ARGS, damping=1e-14)
+    states, noise, changes = torch.randn(400, 3).double(), 0.7 * torch.randn(400, 2).double(), {}
+    for name in ("original", "changed"):
+        for method in ("K-FAC", "SGD"):
+            agent, curvature = make_agent(SPACES["box"], (5,), inputs=3)
+            torch.manual_seed(2)
+            batch, x = make_batch(agent, 400, states), states
+            if name == "changed":
+                x = states @ M.T + c
+                for network in (agent.actor, agent.critic):
+                    network[0].weight.data = network[0].weight.data @ M.inverse()
+                    network[0].bias.data -= network[0].weight.data @ c
+            outputs = [network(x).detach() for network in (agent.actor, agent.critic)]
+            if method == "K-FAC":
+                update(agent, curvature, batch._replace(states=x), args, noise=noise)
+            else:
+                gradients, *_ = kfac.gradients_and_factors(agent, batch._replace(states=x), noise, 0.0)
+                for layer, gradient in zip(kfac.linear_layers(agent), gradients):
+                    layer.weight.data -= 1e-3 * gradient[:, :-1]
+                    layer.bias.data -= 1e-3 * gradient[:, -1]
+            after = [network(x).detach() for network in (agent.actor, agent.critic)]
+            changes[name, method] = outputs, [new - old for new, old in zip(after, outputs)]
+    torch.testing.assert_close(changes["original", "SGD"][0], changes["changed", "SGD"][0])
+    for method, same in (("K-FAC", True), ("SGD", False)):
+        for a, b in zip(changes["original", method][1], changes["changed", method][1]):
+            difference = ((a - b).norm() / a.norm()).item()
+            assert a.norm() > 0 and (difference < 1e-3 if same else difference > 0.3), (method, difference)
+
+
+# Cost -------------------------------------------------------------------------------------------------------
+
+
+def milliseconds(function, rounds=5, calls=20):
+    """CPU time of a call: the best round, so that other work on the machine counts little."""
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        for _ in range(calls):
+            function()
+        times.append((time.process_time() - start) / calls)
+    return 1000 * min(times)
+
+
+def test_overhead_of_an_update_over_a2cs(record_property):
+    """The same network and batch: a K-FAC update, inverses included, against one gradient step with RMSprop."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    agent = kfac.ActorCritic(Box(-1, 1, (4,)), Discrete(2), (64, 64))
+    curvature = torch.nn.ModuleList(kfac.KroneckerFactors(layer) for layer in kfac.linear_layers(agent))
+    batch = kfac.KFACBatch(*(x if x.dtype == torch.int64 else x.float() for x in make_batch(agent.double(), 256)))
+    agent.float()
+    optimizer = torch.optim.RMSprop(agent.parameters(), lr=1e-6, alpha=0.99, eps=1e-5)
+    args, number = replace(ARGS, max_step_size=1e-6, inverse_every=10), iter(range(1, 10_000))
+
+    def a2c():
+        log_probs, entropy = agent.log_prob_and_entropy(batch.states, batch.actions)
+        value_loss = F.mse_loss(agent.value(batch.states), batch.returns)
+        loss = -(log_probs * batch.advantages).mean() + 0.5 * value_loss - 0.01 * entropy.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
+        optimizer.step()
+
+    ours = milliseconds(lambda: update(agent, curvature, batch, args, next(number)))
+    theirs = milliseconds(a2c)
+    without = milliseconds(lambda: update(agent, curvature, batch, args, 2))  # no inverses at the second update
+    torch.set_num_threads(threads)
+    record_property("overhead", ours / theirs)
+    print(f"K-FAC {ours:.2f} ms ({without:.2f} without inverses), A2C {theirs:.2f} ms: {ours / theirs:.1f} times")
+    assert ours < 10 * theirs
