@@ -68,6 +68,14 @@ gym.register("BadReward-v0", Faulty, max_episode_steps=10, kwargs={"fault": "rew
 gym.register("BadObservation-v0", Faulty, max_episode_steps=10, kwargs={"fault": "obs"})
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of one script's command line share its finished run: one process has them all (pytest -n 2)."""
+    for item in items:
+        algo = getattr(item, "callspec", None) and item.callspec.params.get("algo")
+        if isinstance(algo, str):
+            item.add_marker(pytest.mark.xdist_group(algo))
+
+
 @pytest.fixture(autouse=True)
 def _in_tmp_dir(tmp_path, monkeypatch):
     """Every test runs in a folder of its own, so that runs/ never lands in the repository."""

@@ -283,6 +283,12 @@ def algo(request):
     return request.param
 
 
+ppo_alone_if_fast = pytest.mark.parametrize(
+    "algo", [algo if algo == "ppo" else pytest.param(algo, marks=pytest.mark.slow) for algo in TINY], indirect=True
+)
+"""For what costs a process and is in the plumbing alone, which is the same source in every file."""
+
+
 @pytest.fixture(scope="session")
 def alone(algo, tmp_path_factory):
     """A finished tiny run of the file copied alone to an empty folder, warnings being errors."""
@@ -390,6 +396,7 @@ def test_monitor_csv_reads_in_sb3_and_agrees_with_tensorboard(alone):
     assert 0 < rows[:, 1].sum() <= load(alone.dir)["step"]
 
 
+@ppo_alone_if_fast
 def test_two_runs_in_the_same_second_get_two_directories(algo):
     now = int(time.time())
     taken = [Path(f"runs/{TINY[algo].env_id}__{algo}__1__{now + k}") for k in range(60)]
@@ -559,6 +566,26 @@ def test_stops_where_a_loss_or_weight_is_not_finite_and_keeps_the_last_checkpoin
     assert_checkpoint_is_finite()
 
 
+def test_every_loop_ends_on_a_signal_and_goes_on_from_its_checkpoint(algo, monkeypatch, capsys):
+    module, steps = module_of(algo), []
+    log = module.Run.log
+
+    def log_and_signal(run, *args, **kwargs):
+        log(run, *args, **kwargs)
+        steps.append(run.step)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr(module.Run, "log", log_and_signal)
+        train(algo, "--total-timesteps 2000")
+    (run_dir,) = Path("runs").iterdir()
+    assert exit_.value.code == 130 and f"--resume {run_dir}" in messages(capsys.readouterr().err)[-1]
+    assert len(steps) == 1 and load(run_dir)["step"] == steps[0] < 2000
+    wait_for_the_next_second()
+    assert resume(algo, run_dir) == run_dir and load(run_dir)["step"] >= 2000
+
+
+@ppo_alone_if_fast
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_writes_a_checkpoint_and_resume_goes_on(algo, number):
     process, run_dir = start_long_run(algo)
@@ -597,6 +624,7 @@ def kill_and_resume(algo, seconds):
     assert_tensorboard_agrees_with_monitor(run_dir)
 
 
+@ppo_alone_if_fast
 def test_a_killed_run_resumes(algo):
     kill_and_resume(algo, random.random())
 
