@@ -10,14 +10,14 @@ Each iteration takes T steps in N environments with the current policy, then one
 with Â and R̂ as constants. Details that matter, and why:
 - A time limit is not a termination: a truncated step bootstraps from its true final observation.
 - n counts from each step to the rollout's end, T steps at most: every step uses all rewards that were seen.
-- RMSprop, not Adam, as in the paper: with batches of a few dozen steps its step size is the easier one to set.
+- RMSprop, as in the paper; Adam is a flag.
 - Gradients are clipped by their global norm: one bad batch must not undo the policy, as nothing else limits a step.
 - Orthogonal initialisation, gain √2, and 0.01 for the policy's last layer: the first policy is near uniform.
 - Box actions come from a Gaussian and are clipped to the space only on their way into the environment.
 
-Two textbook algorithms are settings of this one. Online actor-critic, an update after every single step:
-`--num-envs 1 --num-steps 1`. Batch actor-critic, one-step advantages over a long batch: `--gae-lambda 0
---num-steps 256`; it steps the critic once per batch, and does not fit it to the end before the policy's step.
+Two textbook algorithms are settings of this one. Online actor-critic (often Algorithm 5), an update after every
+single step: `--num-envs 1 --num-steps 1`. Batch actor-critic (Algorithm 4), one-step advantages over a long batch:
+`--gae-lambda 0 --num-steps 256`; the critic takes one step per batch and is not fitted to the end first.
 
 Against Stable-Baselines3: the same update (parameters agree to 1e-5 after many rollouts, tests/test_a2c.py).
 SB3's VecNormalize moves its statistics at every step, here they move once per rollout.
@@ -105,7 +105,7 @@ class Args:
     gae_lambda: float = 1.0
     """λ of generalised advantage estimation; 1 gives n-step returns"""
     normalize_advantages: bool = False
-    """normalise advantages per update"""
+    """normalise advantages per rollout and process"""
     ent_coef: float = 0.0
     """weight c_e of the entropy bonus"""
     vf_coef: float = 0.5
@@ -123,7 +123,7 @@ MUJOCO = dict(
     total_timesteps=1_000_000, num_steps=8, anneal_lr=True, gae_lambda=0.9, vf_coef=0.4, log_std_init=-1.0,
     normalize_observations=True, normalize_rewards=True)
 RECOMMENDED = {
-    "CartPole-v1": dict(learning_rate=2e-3, anneal_lr=True),
+    "CartPole-v1": dict(total_timesteps=200_000, learning_rate=1e-3, anneal_lr=True),
     "Acrobot-v1": dict(
         total_timesteps=500_000, num_envs=16, normalize_observations=True, normalize_rewards=True),
     "Pendulum-v1": dict(
@@ -312,8 +312,8 @@ def a2c_loss(agent: ActorCritic, batch: A2CBatch, args: Args) -> tuple[Tensor, T
     advantages = batch.advantages
     if args.normalize_advantages and len(advantages) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    policy_loss = -(log_probs * advantages).mean()
-    value_loss = F.mse_loss(agent.value(batch.states), batch.returns)
+    policy_loss = -(log_probs * advantages.detach()).mean()
+    value_loss = F.mse_loss(agent.value(batch.states), batch.returns.detach())
     entropy = entropy.mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     return loss, torch.stack([policy_loss, value_loss, entropy]).detach()
@@ -343,7 +343,7 @@ def make_optimizer(parameters: Iterator[nn.Parameter], lr: Tensor, args: Args) -
 # Training ---------------------------------------------------------------------------------------------------
 
 LOG_EVERY = 1_000
-"""Environment steps between two points of losses/*: their mean since the last one."""
+"""Environment steps between two points of losses/*, which are means over the updates since the last one."""
 
 
 def train(args: Args) -> dict:
@@ -401,16 +401,15 @@ def train(args: Args) -> dict:
 
         # Update: one gradient step on the whole rollout.
         batch = A2CBatch(*(x.flatten(0, 1) for x in (states, actions, advantages, returns)))
-        metrics.append(update(agent, optimizer, batch, args).clone())  # CUDA graphs reuse their outputs' memory
+        update_metrics = update(agent, optimizer, batch, args)
+        metrics.append(torch.stack([*update_metrics, values.mean(), explained_variance(values, returns)]))
         if agent.observation_statistics is not None:
             agent.observation_statistics.update(observations.flatten(0, 1))
 
         # Log.
         if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
-            losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
-            losses["values"] = values.mean().item()
-            losses["explained_variance"] = explained_variance(values, returns).item()
-            run.log(losses, learning_rate=lr.item())
+            losses = torch.stack(metrics).mean(0).tolist()
+            run.log(dict(zip((*METRICS, "values", "explained_variance"), losses)), learning_rate=lr.item())
             metrics, logged_step = [], run.step
         if run.step - run.saved_step >= args.checkpoint_every:
             run.checkpoint()

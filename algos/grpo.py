@@ -15,14 +15,16 @@ the verifier's score the return. Details that matter, and why:
 - A group of equal returns says nothing: its advantages are exactly 0.
 - --no-std-normalisation is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): divided by their deviation, groups of
   nearly equal returns weigh as much as those where something was at stake.
-- Few steps per iteration: a whole return says little about one action, and many epochs fit its noise.
+- Few gradient steps per iteration: a whole return says little about one action, and many epochs fit its noise.
 - The loss is a mean over all steps. A mean over each episode's own steps first, as in the paper, makes a step of
   a long episode weigh less, good or bad; Dr. GRPO names that bias too.
 - --reward-to-go compares R_{i,t} = Σ_{k≥t} γ^{k−t} r_{i,k} with the group's at the same time, 0 once ended.
 - β E[q − 1 − log q] ("k3") is never negative, and KL(π_θ ‖ π_ref) in the mean. Its gradient is that of
-  KL(π_ref ‖ π_θ). π_ref is a copy of the policy that is renewed every so many iterations.
+  KL(π_ref ‖ π_θ). π_ref is a copy of the policy, observation statistics included, renewed every so many iterations.
 - An episode that a time limit cuts: there is no critic to say what is missing, so R ends at the cut. That is exact
   for the return up to the limit, which is what evaluation measures.
+- An environment that is done steps on idly until the longest episode ends: steps that are simulated, but not counted.
+- Data parallel: the mean is over each process's own steps, and processes count alike, however many those are.
 
 With one epoch of one minibatch and no deviation, the gradient is that of reinforce.py's mean baseline times (G−1)/G,
 as the group's mean has the episode itself in it, times episodes/steps, a sum over time there being a mean over
@@ -97,7 +99,7 @@ class Args:
 
     # algorithm
     group_size: int = 8
-    """episodes G from the same initial state"""
+    """episodes G from the same initial state; where G changes, --num-envs and --groups must follow"""
     groups: int = 1
     """groups per iteration (per process); groups × G episodes are played --num-envs at a time"""
     std_normalisation: bool = True
@@ -259,18 +261,13 @@ def gaussian_log_prob_and_entropy(mean: Tensor, log_std: Tensor, actions: Tensor
     return log_prob, (log_normaliser + 0.5 * len(log_std)).expand_as(log_prob)
 
 
-def linear_recurrence(x: Tensor, decay: Tensor, y: Tensor) -> Tensor:
-    """y_t = x_t + decay_t · y_{t−1} along the first dimension; x and decay (T, N), y_{−1} = y (N,)."""
-    ys = []
-    for x_t, decay_t in zip(x.unbind(), decay.unbind()):
-        y = torch.addcmul(x_t, decay_t, y)
-        ys.append(y)
-    return torch.stack(ys)
-
-
 def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
     """R_t = Σ_{k≥t} γ^{k−t} r_k; rewards (T, N), 0 after an episode's end. R_0 is the whole return."""
-    return linear_recurrence(rewards.flip(0), torch.full_like(rewards, gamma), torch.zeros_like(rewards[0])).flip(0)
+    *earlier, last = rewards.unbind()
+    returns = [last]
+    for reward in reversed(earlier):
+        returns.append(reward + gamma * returns[-1])
+    return torch.stack(returns[::-1])
 
 
 def group_advantages(returns: Tensor, group_size: int, std_normalisation: bool) -> Tensor:
@@ -335,6 +332,10 @@ def shuffled_parts(batch: Sequence[Tensor], epochs: int, parts: int) -> Iterator
         yield from zip(*(x[order].tensor_split(parts) for x in batch))
 
 
+EPISODE_LIMIT = 100_000
+"""Steps after which an episode is taken for one that never ends."""
+
+
 class Episodes(NamedTuple):
     """One whole episode per environment, (T, N, …) with T the longest; `running` is false after an episode's end."""
 
@@ -362,6 +363,11 @@ def play_episodes(policy: Policy, envs: gym.vector.VectorEnv, seeds: list[int]) 
     final_obs, truncated = obs.copy(), ~running
     steps, ends = [], []
     while running.any():
+        if len(steps) == EPISODE_LIMIT:
+            fail(
+                f"an episode has not ended after {EPISODE_LIMIT} steps; give the environment a time limit (gymnasium's"
+                " TimeLimit wrapper: max_episode_steps where it is registered), or use ppo.py"
+            )
         states = policy.encode(tensor(obs, policy.observation_dtype))
         actions = policy.sample(states, policy.draw_noise(envs.num_envs))
         next_obs, reached, rewards, terminated, time_limit, infos = step_envs(envs, policy.to_env(actions))
@@ -391,7 +397,7 @@ def gradient_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Ten
 def check_same_start(args: Args) -> None:
     """Refuses an environment that one reset seed does not always start in the same way."""
     env = make_env(args)
-    first, *others = (env.reset(seed=args.seed)[0] for _ in range(10))
+    first, *others = (np.copy(env.reset(seed=args.seed)[0]) for _ in range(10))
     env.close()
     if not all(np.array_equal(first, other) for other in others):
         fail(
@@ -457,7 +463,7 @@ def train(args: Args) -> dict:
         states = policy.encode(observations)
         with torch.no_grad():
             log_probs, _ = policy.log_prob_and_entropy(states, actions)
-            reference_log_probs, _ = (reference if args.kl_coef else policy).log_prob_and_entropy(states, actions)
+            reference_log_probs, _ = reference.log_prob_and_entropy(reference.encode(observations), actions)
         metrics = []
         batch = GRPOBatch(states, actions, log_probs, reference_log_probs, advantages)
         for minibatch in shuffled_parts(batch, args.update_epochs, args.num_minibatches):

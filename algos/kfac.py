@@ -22,9 +22,14 @@ The critic does the same with the loss E[(V − R̂)²]/2, the Gauss-Newton matr
 - A and G are running averages: the mean of the first updates, then exponential. One batch alone is too noisy.
 - Inverses come from eigendecompositions, negative rounding cut off, every few updates: curvature changes slowly.
 - Old inverses only fit small steps: a critic δ of 1 diverges with inverses every 10 updates, with new ones it does not.
-- Δᵀ F̂ Δ = Σ_l tr(Δ_lᵀ G_l Δ_l A_l), undamped: η²/2 of it is the KL divergence of a step, to second order, at most δ.
+- Δᵀ F̂ Δ = Σ_l tr(Δ_lᵀ G_l Δ_l A_l), undamped: η²/2 of it is the KL divergence of a step to second order, as F̂
+  measures it, and that is at most δ. F̂ is approximate and an average over old policies: the true KL may be larger.
 - The critic's δ is a share of its squared error, so it has no unit of reward: δ for N(V(s), σ²), σ² that error.
 - A time limit is not a termination: a truncated step bootstraps from its true final observation.
+
+Against ACKTR: actor and critic share no layers and take separate steps, which keeps their curvatures apart; the
+critic's δ is relative to its error, where ACKTR has σ = 1; advantages are GAE(λ), not n-step. The authors' code also
+has momentum 0.9, clips gradients, draws noise for the critic's factors and inverts in a thread of its own: not here.
 
     python algos/kfac.py                              # CartPole-v1
     python algos/kfac.py --env-id HalfCheetah-v5 --seed 3
@@ -98,7 +103,7 @@ class Args:
     num_steps: int = 16
     """steps T per environment and rollout"""
     trust_region: float = 0.001
-    """δ of the policy: bound on the KL divergence of a step, in nats, to second order"""
+    """δ of the policy: bound on the KL divergence of a step, in nats, to second order and as F̂ measures it"""
     critic_trust_region: float = 0.01
     """δ of the critic: bound on half its mean squared change in a step, as a share of its mean squared error"""
     max_step_size: float = 0.25
@@ -116,7 +121,7 @@ class Args:
     gae_lambda: float = 0.95
     """λ of generalised advantage estimation"""
     normalize_advantages: bool = True
-    """normalise advantages per rollout"""
+    """normalise advantages per rollout and process"""
     ent_coef: float = 0.0
     """weight c_e of the entropy bonus"""
     hidden_sizes: tuple[int, ...] = (64, 64)
@@ -259,11 +264,20 @@ class KroneckerFactors(nn.Module):
         for name, size in (("A", layer.in_features + 1), ("G", layer.out_features)):
             self.register_buffer(name, torch.zeros(size, size))
             self.register_buffer(f"{name}_inverse", torch.zeros(size, size))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
-    def update(self, A: Tensor, G: Tensor, weight: float) -> None:
-        """Moves the running averages towards a batch's factors: (1 − weight) · old + weight · new."""
+    def update(self, A: Tensor, G: Tensor, args: Args) -> None:
+        """Takes a batch's factors into the running averages, the k-th with weight max(1/k, 1 − decay).
+
+        The first update and every `inverse_every`-th after it renews the inverses.
+        """
+        self.updates += 1
+        k = self.updates.item()
+        weight = max(1 / k, 1 - args.statistics_decay)
         self.A.lerp_(A, weight)
         self.G.lerp_(G, weight)
+        if (k - 1) % args.inverse_every == 0:
+            self.invert(args.damping)
 
     def invert(self, damping: float) -> None:
         """(A + π√λ I)⁻¹ and (G + √λ/π I)⁻¹, factored Tikhonov damping (arXiv 1503.05671, section 6.3)."""
@@ -340,7 +354,8 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
 
 def damped_inverse(x: Tensor, damping: Tensor) -> Tensor:
     """(X + damping · I)⁻¹ of a symmetric positive semidefinite X (n, n), by eigendecomposition."""
-    eigenvalues, eigenvectors = torch.linalg.eigh(x)
+    source = x.cpu() if x.device.type == "mps" else x  # an older PyTorch has no eigh on MPS
+    eigenvalues, eigenvectors = (y.to(x.device) for y in torch.linalg.eigh(source))
     return eigenvectors / (eigenvalues.clamp(min=0) + damping) @ eigenvectors.T
 
 
@@ -416,59 +431,80 @@ def critic_gradients(agent: ActorCritic, batch: KFACBatch) -> tuple:
 
 
 def gradients_and_factors(agent: ActorCritic, batch: KFACBatch, noise: Tensor, ent_coef: float) -> tuple:
-    """Gradients of both networks' layers, the actor's first, and log σ's last; factors A, G of the same layers."""
+    """Gradients and factors of the actor, those of the critic, the losses as in METRICS; lists all; log π(a|s) (B,)."""
     actor, actor_factors, policy_loss, entropy, log_probs = actor_gradients(agent, batch, noise, ent_coef)
     critic, critic_factors, value_loss = critic_gradients(agent, batch)
-    depth = len(critic)
-    losses = torch.stack([policy_loss, value_loss, entropy])
-    return actor[:depth] + critic + actor[depth:], actor_factors + critic_factors, losses, log_probs
+    return actor, actor_factors, critic, critic_factors, [policy_loss, value_loss, entropy], log_probs
 
 
-def linear_layers(agent: ActorCritic) -> list[nn.Linear]:
-    """The Linear layers of the actor, then as many of the critic."""
-    return [layer for network in (agent.actor, agent.critic) for layer in network if isinstance(layer, nn.Linear)]
+def linear_layers(network: nn.Sequential) -> list[nn.Linear]:
+    """The layers with curvature, from the input on."""
+    return [layer for layer in network if isinstance(layer, nn.Linear)]
+
+
+def make_curvature(agent: ActorCritic) -> nn.ModuleList:
+    """The KroneckerFactors of the actor's Linear layers, and those of the critic's."""
+    networks = (agent.actor, agent.critic)
+    return nn.ModuleList(nn.ModuleList(map(KroneckerFactors, linear_layers(network))) for network in networks)
+
+
+def natural_direction(curvature: nn.ModuleList, gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Δ of each Linear layer of a network, (O, I+1), and Δᵀ F̂ Δ of them all."""
+    steps = [layer.precondition(gradient) for layer, gradient in zip(curvature, gradients)]
+    return steps, sum(layer.quadratic_form(step) for layer, step in zip(curvature, steps))
+
+
+def take_step(network: nn.Sequential, steps: list[Tensor], size: Tensor) -> None:
+    """θ ← θ − η Δ."""
+    for layer, step in zip(linear_layers(network), steps):
+        layer.weight -= size * step[:, :-1]
+        layer.bias -= size * step[:, -1]
 
 
 @torch.no_grad()
-def kfac_update(agent, curvature, batch: KFACBatch, noise, number: int, annealed: float, args: Args, measure) -> Tensor:
-    """The `number`-th step (from 1) of both networks; returns METRICS, η of the actor and η of the critic.
+def kfac_update(agent, curvature, batch: KFACBatch, annealed: float, args: Args, measure: Callable) -> Tensor:
+    """One step of both networks on a rollout; returns METRICS, η of the actor and η of the critic.
 
-    `curvature` has the KroneckerFactors of linear_layers(agent); `annealed` multiplies both step sizes; `measure` is
+    `curvature` is of make_curvature(agent); `annealed` multiplies both step sizes; `measure` is
     gradients_and_factors, compiled or not.
     """
+    advantages = batch.advantages
+    if args.normalize_advantages and len(advantages) > 1:
+        batch = batch._replace(advantages=(advantages - advantages.mean()) / (advantages.std() + 1e-8))
+    noise = agent.draw_noise(len(batch.states))
     with torch.enable_grad():
-        gradients, factors, losses, log_probs = measure(agent, batch, noise, args.ent_coef)
+        *lists, log_probs = measure(agent, batch, noise, args.ent_coef)
     if dist.is_initialized():
-        *tensors, losses = average_all([*gradients, *factors, losses])
-        gradients, factors = tensors[: len(gradients)], tensors[len(gradients) :]
-    weight = max(1 / number, 1 - args.statistics_decay)
-    for layer, A, G in zip(curvature, factors[::2], factors[1::2]):
-        layer.update(A, G, weight)
-    if (number - 1) % args.inverse_every == 0:
-        for layer in curvature:
-            layer.invert(args.damping)
+        averages = iter(average_all([x for tensors in lists for x in tensors]))
+        lists = [[next(averages) for _ in tensors] for tensors in lists]
+    gradients, factors, critic_gradients, critic_factors, losses = lists
+    for layers, pairs in zip(curvature, (factors, critic_factors)):
+        for layer, A, G in zip(layers, pairs[::2], pairs[1::2]):
+            layer.update(A, G, args)
 
-    steps = [layer.precondition(gradient) for layer, gradient in zip(curvature, gradients)]
-    forms = torch.stack([layer.quadratic_form(step) for layer, step in zip(curvature, steps)])
-    actor_form, critic_form = forms.view(2, -1).sum(1)
+    steps, form = natural_direction(curvature[0], gradients)
     if not agent.discrete:
         log_std_step = gradients[-1] / (2 + args.damping)
-        actor_form = actor_form + 2 * log_std_step.square().sum()
-    value_loss, depth = losses[1], len(steps) // 2
-    size = annealed * trust_region_step_size(actor_form, args.trust_region, args.max_step_size)
-    critic_trust_region = args.critic_trust_region * value_loss
-    critic_size = annealed * trust_region_step_size(critic_form, critic_trust_region, args.max_step_size)
-    for layer, step, eta in zip(linear_layers(agent), steps, [size] * depth + [critic_size] * depth):
-        layer.weight -= eta * step[:, :-1]
-        layer.bias -= eta * step[:, -1]
+        form = form + 2 * log_std_step.square().sum()
+    size = annealed * trust_region_step_size(form, args.trust_region, args.max_step_size)
+    take_step(agent.actor, steps, size)
     if not agent.discrete:
         agent.log_std -= size * log_std_step
+
+    steps, form = natural_direction(curvature[1], critic_gradients)
+    critic_trust_region = args.critic_trust_region * losses[METRICS.index("value_loss")]
+    critic_size = annealed * trust_region_step_size(form, critic_trust_region, args.max_step_size)
+    take_step(agent.critic, steps, critic_size)
+
     new_log_probs, _ = agent.log_prob_and_entropy(batch.states, batch.actions)
     kl = average(approximate_kl(new_log_probs - log_probs))
     return torch.stack([*losses, kl, size, critic_size])
 
 
 # Training ---------------------------------------------------------------------------------------------------
+
+LOG_EVERY = 1_000
+"""Environment steps between two points of losses/*, which are means over the updates since the last one."""
 
 
 def train(args: Args) -> dict:
@@ -479,7 +515,7 @@ def train(args: Args) -> dict:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than 0")
     spaces = check_spaces(args, (Discrete, Box))
     agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
-    curvature = nn.ModuleList(KroneckerFactors(layer) for layer in linear_layers(agent)).to(device)
+    curvature = make_curvature(agent).to(device)
     measure = compiled(gradients_and_factors, device) if args.compile else gradients_and_factors
     run = Run(args, rank, {"agent": agent, "curvature": curvature})
     envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
@@ -489,8 +525,8 @@ def train(args: Args) -> dict:
 
     obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
     discounted_return = torch.zeros(args.num_envs, device=device)
-    steps_per_update = args.num_steps * args.num_envs * world_size
     metrics = []
+    logged_step = run.step
     while run.step < args.total_timesteps and not run.interrupted():
         annealed = 1 - run.step / args.total_timesteps if args.anneal_step_size else 1.0
 
@@ -522,24 +558,20 @@ def train(args: Args) -> dict:
             values, next_values = agent.value(states), agent.value(agent.encode(next_observations))
         advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
         returns = advantages + values
-        if args.normalize_advantages:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
         # Update: one natural-gradient step of the policy, one of the critic.
         batch = KFACBatch(*(x.flatten(0, 1) for x in (states, actions, advantages, returns)))
-        noise = agent.draw_noise(len(batch.states))
-        number = run.step // steps_per_update
-        update_metrics = kfac_update(agent, curvature, batch, noise, number, annealed, args, measure)
+        update_metrics = kfac_update(agent, curvature, batch, annealed, args, measure)
+        metrics.append(torch.stack([values.mean(), explained_variance(values, returns), *update_metrics]))
         if agent.observation_statistics is not None:
             agent.observation_statistics.update(observations.flatten(0, 1))
 
         # Log.
-        metrics.append(torch.stack([*update_metrics, values.mean(), explained_variance(values, returns)]))
-        if run.step % 1000 < steps_per_update or run.step >= args.total_timesteps:
-            *losses, size, critic_size, value, explained = torch.stack(metrics).mean(0).tolist()
-            losses = dict(zip(METRICS, losses)) | {"values": value, "explained_variance": explained}
+        if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
+            *losses, size, critic_size = torch.stack(metrics).mean(0).tolist()
+            losses = dict(zip(("values", "explained_variance", *METRICS), losses))
             run.log(losses, step_size=size, critic_step_size=critic_size)
-            metrics.clear()
+            metrics, logged_step = [], run.step
         if run.step - run.saved_step >= args.checkpoint_every:
             run.checkpoint()
 

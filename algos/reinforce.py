@@ -19,11 +19,15 @@ whole returns h = R g, and it is E[|g|²R] / E[|g|²]. Details that matter, and 
 - V is fitted after it was used, for the same reason. With whole returns the baseline is V(s_{i,0}).
 - Every environment plays one episode. Taking the first N episodes to end would prefer the short ones, a bias.
 - A sum over time, not a mean: dividing an episode by its length would make the actions of short ones weigh more.
-- γ only shortens the sight of R: no factor γ^t before ∇log π_t, as later steps are to be good ones too.
+- γ only shortens the sight of R: no factor γ^t before ∇log π_t, as later steps are to be good ones too. Whole returns
+  have it in the mean all the same: E[∇log π_t Σ_k γ^k r_k] = E[γ^t ∇log π_t R_t].
+- An environment that is done steps on idly until the longest episode ends: steps that are simulated, but not counted.
 - An episode that a time limit cuts: with V the missing rewards count as γ^k V(final observation). Without it there
   is nothing to say what they are, and R ends at the cut: unbiased for the return up to the limit, which is what
   evaluation measures. An episode that neither ends nor is cut is never learned from.
-- --normalize-returns divides R − b by its deviation over the batch: the step then depends less on the rewards' scale.
+- --normalize-returns divides R − b by its root mean square over the batch: the step then depends less on the rewards'
+  scale. Not by its deviation, which is 0 where all of them are equal.
+- Data parallel: that root mean square and V's loss are over each process's own steps, however many those are.
 
 No counterpart in Stable-Baselines3; where its A2C coincides (λ = 1, whole episodes of one length) parameters agree to
 1e-5, and the mean of many estimates is the exact gradient of a small MDP (tests/test_reinforce.py).
@@ -103,7 +107,7 @@ class Args:
     gamma: float = 0.99
     """discount γ"""
     normalize_returns: bool = False
-    """divide the returns, less the baseline, by their deviation over the batch"""
+    """divide R − b, the returns less the baseline, by its root mean square over the batch"""
     ent_coef: float = 0.0
     """weight c_e of the entropy bonus"""
     learning_rate: float = 1e-2
@@ -252,18 +256,13 @@ def gaussian_log_prob_and_entropy(mean: Tensor, log_std: Tensor, actions: Tensor
     return log_prob, (log_normaliser + 0.5 * len(log_std)).expand_as(log_prob)
 
 
-def linear_recurrence(x: Tensor, decay: Tensor, y: Tensor) -> Tensor:
-    """y_t = x_t + decay_t · y_{t−1} along the first dimension; x and decay (T, N), y_{−1} = y (N,)."""
-    ys = []
-    for x_t, decay_t in zip(x.unbind(), decay.unbind()):
-        y = torch.addcmul(x_t, decay_t, y)
-        ys.append(y)
-    return torch.stack(ys)
-
-
 def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
     """R_t = Σ_{k≥t} γ^{k−t} r_k; rewards (T, N), 0 after an episode's end. R_0 is the whole return."""
-    return linear_recurrence(rewards.flip(0), torch.full_like(rewards, gamma), torch.zeros_like(rewards[0])).flip(0)
+    *earlier, last = rewards.unbind()
+    returns = [last]
+    for reward in reversed(earlier):
+        returns.append(reward + gamma * returns[-1])
+    return torch.stack(returns[::-1])
 
 
 def add_final_values(rewards: Tensor, running: Tensor, final_values: Tensor, gamma: float) -> Tensor:
@@ -274,13 +273,16 @@ def add_final_values(rewards: Tensor, running: Tensor, final_values: Tensor, gam
 
 def leave_one_out_mean(returns: Tensor) -> Tensor:
     """b_{i,t} = 1/(N−1) Σ_{j≠i} R_{j,t}, the mean of the other episodes; (T, N)."""
-    return (returns.sum(1, keepdim=True) - returns) / (returns.shape[1] - 1)
+    first = returns[:, :1]
+    differences = returns - first  # exactly 0 where all are equal: R − b is then no rounding error
+    return first + (differences.sum(1, keepdim=True) - differences) / (returns.shape[1] - 1)
 
 
 def optimal_baseline(g: Tensor, h: Tensor) -> Tensor:
     """b_i = Σ_{j≠i} g_j·h_j / Σ_{j≠i} |g_j|² (N,): b = E[g·h] / E[|g|²] is where E|h − b g|² is least; g, h (N, P)."""
     gh, gg = (g * h).sum(1), (g * g).sum(1)
-    return (gh.sum() - gh) / (gg.sum() - gg + 1e-8)
+    others = 1 - torch.eye(len(g), dtype=g.dtype, device=g.device)  # "all less its own" would cancel if that is large
+    return (others @ gh) / (others @ gg).clamp(min=torch.finfo(g.dtype).tiny)
 
 
 def episode_gradients(policy: Policy, states, actions, returns, running) -> tuple[Tensor, Tensor]:
@@ -293,14 +295,18 @@ def episode_gradients(policy: Policy, states, actions, returns, running) -> tupl
     return torch.stack(g), torch.stack(h)
 
 
-def policy_gradient_loss(log_probs: Tensor, entropy: Tensor, weights: Tensor, running: Tensor, ent_coef: float):
-    """−1/N Σ_i Σ_t (log π(a_t|s_t) w_t + c_e H_t), whose gradient is −∇J at weights w = R − b; inputs (T, N)."""
-    return -((log_probs * weights + ent_coef * entropy) * running).sum(0).mean()
+def policy_gradient_loss(log_probs: Tensor, entropy: Tensor, advantages: Tensor, running: Tensor, ent_coef: float):
+    """−1/N Σ_i Σ_t (log π(a_t|s_t) Â_t + c_e H_t), whose gradient is −∇J at Â = R − b; inputs (T, N)."""
+    return -((log_probs * advantages + ent_coef * entropy) * running).sum(0).mean()
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 − Var[R̂ − V] / Var[R̂]: 1 is a perfect critic, 0 one that knows nothing but the mean; inputs of one shape."""
     return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+
+
+EPISODE_LIMIT = 100_000
+"""Steps after which an episode is taken for one that never ends."""
 
 
 class Episodes(NamedTuple):
@@ -330,6 +336,11 @@ def play_episodes(policy: Policy, envs: gym.vector.VectorEnv, seeds: list[int]) 
     final_obs, truncated = obs.copy(), ~running
     steps, ends = [], []
     while running.any():
+        if len(steps) == EPISODE_LIMIT:
+            fail(
+                f"an episode has not ended after {EPISODE_LIMIT} steps; give the environment a time limit (gymnasium's"
+                " TimeLimit wrapper: max_episode_steps where it is registered), or use ppo.py"
+            )
         states = policy.encode(tensor(obs, policy.observation_dtype))
         actions = policy.sample(states, policy.draw_noise(envs.num_envs))
         next_obs, reached, rewards, terminated, time_limit, infos = step_envs(envs, policy.to_env(actions))
@@ -356,10 +367,10 @@ def gradient_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Ten
     optimizer.step()
 
 
-def policy_update(policy: Policy, optimizer, states, actions, weights, running, args: Args) -> Tensor:
+def policy_update(policy: Policy, optimizer, states, actions, advantages, running, args: Args) -> Tensor:
     """One step along the policy gradient. Returns the loss and the mean entropy (2,) before it."""
     log_probs, entropy = policy.log_prob_and_entropy(states, actions)
-    loss = policy_gradient_loss(log_probs, entropy, weights, running, args.ent_coef)
+    loss = policy_gradient_loss(log_probs, entropy, advantages, running, args.ent_coef)
     gradient_step(policy, optimizer, loss)
     return torch.stack([loss, (entropy * running).sum() / running.sum()]).detach()
 
@@ -418,18 +429,19 @@ def train(args: Args) -> dict:
         to_go = returns_to_go(rewards, args.gamma)
         returns = to_go if args.reward_to_go else to_go[:1].expand_as(to_go)
         if args.baseline == "none":
-            weights = returns
+            advantages = returns
         elif args.baseline == "mean":
-            weights = returns - leave_one_out_mean(returns)
+            advantages = returns - leave_one_out_mean(returns)
         elif args.baseline == "optimal":
-            weights = returns - optimal_baseline(*episode_gradients(policy, states, actions, returns, running))
+            shifted = returns - returns[0, 0]  # R − b stays as it is, and is exactly 0 where all R are equal
+            advantages = shifted - optimal_baseline(*episode_gradients(policy, states, actions, shifted, running))
         else:
-            weights = returns - (values if args.reward_to_go else values[:1])
+            advantages = returns - (values if args.reward_to_go else values[:1])
         if args.normalize_returns:
-            weights = weights / (weights[running].std(correction=0) + 1e-8)
+            advantages = advantages / (advantages[running].square().mean().sqrt() + 1e-8)
 
-        # Update the policy, and only then V, which these returns must not have seen.
-        metrics = update_policy(policy, optimizer, states, actions, weights, running, args).clone()
+        # Update the policy. V is fitted only afterwards: a baseline must not know these returns.
+        metrics = update_policy(policy, optimizer, states, actions, advantages, running, args).clone()
         losses = {"policy_loss": metrics[0], "entropy": metrics[1], "returns": to_go[running].mean()}
         if args.baseline == "value":
             for _ in range(args.value_steps):

@@ -18,10 +18,11 @@ and leaves the policy as it is where no k < K will do. Details that matter, and 
 - Box actions come from a Gaussian, whose deviation belongs to the trust region too; they are clipped to the space
   only on their way into the environment.
 
-Against Stable-Baselines3 (sb3-contrib's TRPO): the same update (parameters agree to 1e-4 after three rollouts,
-tests/test_trpo.py), but for the KL of the line search, which is the paper's KL(π_old ‖ π_θ) here and the other way
-round there, and for conjugate gradient, which starts from 0 here and from small noise there. SB3's VecNormalize
-moves its statistics at every step, here they move once per rollout.
+Against Stable-Baselines3 (sb3-contrib's TRPO): the same update (in double precision parameters agree to 1e-5 after
+three rollouts, tests/test_trpo.py), but for the KL of the line search, which is the paper's KL(π_old ‖ π_θ) here and
+the other way round there, and for conjugate gradient, which starts from 0 and stops at a relative residual here,
+and from small noise and at an absolute one there. SB3's VecNormalize moves its statistics at every step, here they
+move once per rollout.
 
     python algos/trpo.py                              # CartPole-v1
     python algos/trpo.py --env-id Pendulum-v1         # with its recommended settings
@@ -70,7 +71,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads for PyTorch; one is fastest for networks this small"""
     compile: bool = False
-    """compile the update with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
+    """compile the critic's update with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
     output_dir: str = "runs"
     """folder that run directories are made in"""
     resume: str | None = None
@@ -100,7 +101,7 @@ class Args:
     gae_lambda: float = 0.95
     """λ of generalised advantage estimation"""
     normalize_advantages: bool = True
-    """normalise advantages per rollout"""
+    """normalise advantages per rollout and process"""
     target_kl: float = 0.01
     """trust region δ, in nats"""
     cg_iterations: int = 15
@@ -315,26 +316,30 @@ def policy_parameters(agent: ActorCritic) -> list[nn.Parameter]:
 
 
 class Surrogate:
-    """L(θ) and D(θ) on one batch; made while the policy still is π_old."""
+    """L(θ) and D(θ) on one batch; made while the policy still is π_old, whose mean entropy it keeps."""
 
     def __init__(self, agent: ActorCritic, states: Tensor, actions: Tensor, advantages: Tensor):
         self.agent, self.states, self.actions, self.advantages = agent, states, actions, advantages
         with torch.no_grad():
-            self.old_log_probs, _ = agent.log_prob_and_entropy(states, actions)
             self.old_output = agent.actor(states)
             self.old_log_std = None if agent.discrete else agent.log_std.clone()
+            self.old_log_probs, entropy = self.log_prob_and_entropy(self.old_output)
+            self.entropy = average(entropy.mean())
 
-    def objective(self) -> Tensor:
-        """L(θ) = E[π_θ / π_old · Â] (arXiv 1502.05477, eq. 14)."""
-        log_probs, _ = self.agent.log_prob_and_entropy(self.states, self.actions)
-        return ((log_probs - self.old_log_probs).exp() * self.advantages).mean()
-
-    def kl(self) -> Tensor:
-        """D(θ) = E[KL(π_old(·|s) ‖ π_θ(·|s))] in nats."""
-        output = self.agent.actor(self.states)
+    def log_prob_and_entropy(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the batch's actions, from the actor's output; both (B,)."""
         if self.agent.discrete:
-            return categorical_kl(self.old_output, output).mean()
-        return gaussian_kl(self.old_output, self.old_log_std, output, self.agent.log_std).mean()
+            return categorical_log_prob_and_entropy(output, self.actions)
+        return gaussian_log_prob_and_entropy(output, self.agent.log_std, self.actions)
+
+    def objective_and_kl(self) -> tuple[Tensor, Tensor]:
+        """L(θ) = E[π_θ / π_old · Â] and D(θ) = E[KL(π_old ‖ π_θ)] in nats (arXiv 1502.05477, eq. 14)."""
+        output = self.agent.actor(self.states)
+        log_probs, _ = self.log_prob_and_entropy(output)
+        objective = ((log_probs - self.old_log_probs).exp() * self.advantages).mean()
+        if self.agent.discrete:
+            return objective, categorical_kl(self.old_output, output).mean()
+        return objective, gaussian_kl(self.old_output, self.old_log_std, output, self.agent.log_std).mean()
 
 
 def flat_gradient(y: Tensor, parameters: Sequence[Tensor], **kwargs) -> Tensor:
@@ -350,10 +355,11 @@ def fisher_vector_product(kl: Tensor, parameters: Sequence[Tensor], damping: flo
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
     """x with product(x) ≈ b (P,), for a symmetric positive definite linear map (Hestenes and Stiefel 1952)."""
-    x, residual = torch.zeros_like(b), b.clone()
+    x, residual = torch.zeros_like(b), b
     direction, squared = residual, residual @ residual
+    enough = 1e-10 * squared
     for _ in range(iterations):
-        if squared < 1e-10:
+        if squared <= enough:
             break
         image = product(direction)
         step = squared / (direction @ image)
@@ -368,17 +374,21 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
 def line_search(parameters, step: Tensor, surrogate: Surrogate, args: Args) -> tuple[float, Tensor, Tensor]:
     """Adds βᵏ · step (P,) with the first k = 0 … K − 1 that gains and stays in the trust region.
 
-    Returns (βᵏ, L, D) there; (0, L, D) of the start, with every parameter as it was, where there is no such k.
+    Returns (βᵏ, L, D) there; (0, L, 0) of the start, with every parameter as it was, where there is no such k, as
+    for a step that is not a number.
     """
-    start = nn.utils.parameters_to_vector(parameters)
-    before = average(surrogate.objective())
+    start = [parameter.clone() for parameter in parameters]
+    steps = [part.view_as(x) for part, x in zip(step.split([x.numel() for x in parameters]), parameters)]
+    before = average(surrogate.objective_and_kl()[0])
     for k in range(args.line_search_steps):
         fraction = args.line_search_shrink**k
-        nn.utils.vector_to_parameters(start + fraction * step, parameters)
-        objective, kl = average(surrogate.objective()), average(surrogate.kl())
+        for parameter, old, part in zip(parameters, start, steps):
+            parameter.copy_(old + fraction * part)
+        objective, kl = map(average, surrogate.objective_and_kl())
         if objective > before and kl < args.target_kl:
             return fraction, objective, kl
-    nn.utils.vector_to_parameters(start, parameters)
+    for parameter, old in zip(parameters, start):
+        parameter.copy_(old)
     return 0.0, before, torch.zeros_like(before)
 
 
@@ -388,12 +398,14 @@ def trpo_update(agent: ActorCritic, states, actions, advantages, args: Args) -> 
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     parameters = policy_parameters(agent)
     surrogate = Surrogate(agent, states, actions, advantages)
-    gradient = average(flat_gradient(surrogate.objective(), parameters))
-    product = fisher_vector_product(surrogate.kl(), parameters, args.cg_damping)
+    objective, kl = surrogate.objective_and_kl()
+    gradient = average(flat_gradient(objective, parameters, retain_graph=True))
+    product = fisher_vector_product(kl, parameters, args.cg_damping)
     direction = conjugate_gradient(product, gradient, args.cg_iterations)
-    step = (2 * args.target_kl / (direction @ product(direction))).sqrt() * direction
+    step = (2 * args.target_kl / (direction @ product(direction))).sqrt() * direction  # 0/0 for a gradient of 0
     fraction, objective, kl = line_search(parameters, step, surrogate, args)
-    return {"policy_loss": -objective.item(), "kl": kl.item(), "step_fraction": fraction}
+    losses = {"policy_loss": -objective.item(), "kl": kl.item(), "entropy": surrogate.entropy.item()}
+    return losses | {"step_fraction": fraction}
 
 
 def critic_update(agent: ActorCritic, optimizer, states: Tensor, returns: Tensor) -> Tensor:
@@ -402,7 +414,7 @@ def critic_update(agent: ActorCritic, optimizer, states: Tensor, returns: Tensor
     loss = F.mse_loss(agent.value(states), returns)
     gradients = torch.autograd.grad(loss, parameters)
     if dist.is_initialized():
-        gradients = average_all(gradients)
+        loss, gradients = average(loss.detach()), average_all(gradients)
     for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient
     optimizer.step()
@@ -425,6 +437,11 @@ def train(args: Args) -> dict:
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} must divide --num-envs × --num-steps = {batch_size}")
+    for name in ("target_kl", "line_search_shrink"):
+        if not getattr(args, name) > 0:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than 0")
+    if args.line_search_shrink >= 1:
+        fail(f"--line-search-shrink {args.line_search_shrink} must be less than 1")
     spaces = check_spaces(args, (Discrete, Box))
     agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
     optimizer = torch.optim.Adam(
@@ -472,8 +489,6 @@ def train(args: Args) -> dict:
         # Update: one step of the policy on the whole rollout, several epochs of minibatches for the critic.
         batch = [x.flatten(0, 1) for x in (states, actions, advantages, returns)]
         losses = trpo_update(agent, *batch[:3], args)
-        with torch.no_grad():
-            losses["entropy"] = agent.log_prob_and_entropy(*batch[:2])[1].mean().item()
         value_losses = [
             update_critic(agent, optimizer, *minibatch).clone()  # CUDA graphs reuse the memory of their outputs
             for minibatch in shuffled_minibatches([batch[0], batch[3]], args.critic_epochs, args.num_minibatches)

@@ -40,7 +40,7 @@ def test_online_actor_critic_takes_the_temporal_difference_as_advantage():
 def test_the_loss_takes_advantages_and_returns_as_constants():
     agent = a2c.ActorCritic(Box(-1, 1, (3,)), Discrete(2), (8,))
     states, actions = torch.randn(6, 3), torch.randint(2, (6,))
-    advantages, returns = torch.randn(6), torch.randn(6)
+    advantages, returns = torch.randn(6, requires_grad=True), torch.randn(6, requires_grad=True)
     args = a2c.Args(ent_coef=0.1, vf_coef=0.7)
     loss, metrics = a2c.a2c_loss(agent, a2c.A2CBatch(states, actions, advantages, returns), args)
     log_probs = agent.actor(states).log_softmax(-1)
@@ -48,12 +48,17 @@ def test_the_loss_takes_advantages_and_returns_as_constants():
     value_loss = (agent.critic(states).squeeze(-1) - returns).square().mean()
     entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
     torch.testing.assert_close(loss, policy_loss + 0.7 * value_loss - 0.1 * entropy)
+    loss.backward()
+    assert advantages.grad is None and returns.grad is None
     torch.testing.assert_close(metrics, torch.stack([policy_loss, value_loss, entropy]))
 
 
-def random_spaces():
-    env = recorded_envs("CartPole-v1", 1)
-    return a2c.gym.spaces.Box(-1, 1, (3,)), env.action_space
+def test_online_actor_critic_runs():
+    """One step per update: nothing there is a mean or a deviation of more than one sample."""
+    flags = "--num-envs 1 --num-steps 1 --normalize-advantages --total-timesteps 60 --eval-episodes 1"
+    run_dir = a2c.train(a2c.parse_args(flags.split()))["run_dir"]
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 60 and all(x.isfinite().all() for x in state["agent"].values())
 
 
 VARIANTS = {

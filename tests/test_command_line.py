@@ -99,6 +99,9 @@ TINY = {
             ("--num-minibatches 3", "--num-minibatches"),
             ("--num-steps 0", "--num-steps"),
             ("--cg-iterations 0", "--cg-iterations"),
+            ("--target-kl 0", "--target-kl"),
+            ("--line-search-shrink 0", "--line-search-shrink"),
+            ("--line-search-shrink 1", "--line-search-shrink"),
         ),
     ),
     "kfac": Tiny(
@@ -745,6 +748,94 @@ def test_two_processes_train_as_one_run(algo):
 def test_averages_over_two_processes_are_those_of_one():
     Path("averages.py").write_text(AVERAGES)
     torchrun("averages.py", ROOT / "algos", *SCRIPTS)
+    assert Path("checked by 0").exists() and Path("checked by 1").exists()
+
+
+UPDATES = """
+import copy, sys
+sys.path.insert(0, sys.argv[1])
+import a2c, grpo, kfac, ppo, reinforce, torch, trpo
+import torch.distributed as dist
+from gymnasium.spaces import Box, Discrete
+
+spaces = Box(-1, 1, (4,)), Box(-1, 1, (2,))
+draw = torch.Generator().manual_seed(0)
+
+
+def numbers(*shape):
+    return torch.randn(*shape, generator=draw)
+
+
+def actor_critic(module):
+    agent = module.ActorCritic(*spaces, (8,))
+    agent.draw_noise = lambda n: torch.zeros(n, 2)
+    return agent, torch.optim.Adam(agent.parameters(), 1e-2)
+
+
+def ppo_step(agent, optimizer, part):
+    ppo.ppo_update(agent, optimizer, ppo.PPOBatch(*part), 0.2, ppo.Args(normalize_advantages=False))
+
+
+def a2c_step(agent, optimizer, part):
+    states, actions, _, _, advantages, returns = part
+    a2c.a2c_update(agent, optimizer, a2c.A2CBatch(states, actions, advantages, returns), a2c.Args())
+
+
+def trpo_step(agent, optimizer, part):
+    states, actions, _, _, advantages, returns = part
+    metrics = trpo.trpo_update(agent, states, actions, advantages, trpo.Args(normalize_advantages=False))
+    assert metrics["step_fraction"] > 0
+    trpo.critic_update(agent, optimizer, states, returns)
+
+
+def kfac_step(agent, optimizer, part):
+    states, actions, _, _, advantages, returns = part
+    optimizer.curvature = getattr(optimizer, "curvature", None) or kfac.make_curvature(agent)
+    args = kfac.Args(normalize_advantages=False, inverse_every=2)
+    batch = kfac.KFACBatch(states, actions, advantages, returns)
+    kfac.kfac_update(agent, optimizer.curvature, batch, 1.0, args, kfac.gradients_and_factors)
+
+
+def policy_step(policy, optimizer, part):
+    states, actions, *_, advantages, _ = part
+    log_probs, _ = policy.log_prob_and_entropy(states, actions)
+    module = sys.modules[type(policy).__module__]
+    module.gradient_step(policy, optimizer, -(log_probs * advantages).mean())
+
+
+def policy(module):
+    policy = module.Policy(*spaces, (8,))
+    return policy, torch.optim.Adam(policy.parameters(), 1e-2)
+
+
+steps = {ppo: ppo_step, a2c: a2c_step, trpo: trpo_step, kfac: kfac_step, reinforce: policy_step, grpo: policy_step}
+data = [[numbers(40, 4), numbers(40, 2), *(numbers(40) for _ in range(4))] for _ in range(3)]
+runs = {}
+for module, step in steps.items():
+    torch.manual_seed(0)
+    whole = (actor_critic if hasattr(module, "ActorCritic") else policy)(module)
+    runs[module] = whole[0], copy.deepcopy(whole[0].state_dict())
+    for batch in data:
+        step(*whole, batch)
+dist.init_process_group("gloo")
+for module, step in steps.items():
+    whole, start = runs[module]
+    part = (actor_critic if hasattr(module, "ActorCritic") else policy)(module)
+    part[0].load_state_dict(start)
+    for batch in data:
+        step(*part, [x.chunk(2)[dist.get_rank()] for x in batch])
+    for (name, x), y, before in zip(part[0].named_parameters(), whole.parameters(), start.values()):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4, msg=lambda text: f"{module.__name__} {name}: {text}")
+    assert any(not x.equal(start[name]) for name, x in part[0].named_parameters()), module.__name__
+open(f"checked by {dist.get_rank()}", "x").close()
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_updates_of_two_processes_on_half_the_data_are_those_of_one_on_all():
+    Path("updates.py").write_text(UPDATES)
+    torchrun("updates.py", ROOT / "algos")
     assert Path("checked by 0").exists() and Path("checked by 1").exists()
 
 

@@ -1,5 +1,7 @@
 """algos/grpo.py: group advantages, the KL to the reference, and REINFORCE's gradient as a special case."""
 
+import copy
+
 import grpo
 import gymnasium as gym
 import numpy as np
@@ -9,16 +11,18 @@ import scipy.stats
 import torch
 from gymnasium.spaces import Box, Discrete
 from test_learning import last_scalar, train
-from test_reinforce import LENGTHS, play
+from test_reinforce import LENGTHS, play, recorded
 
 
 class IgnoresSeed(gym.Env):
-    """Starts anywhere, whatever the seed."""
+    """Starts anywhere, whatever the seed; every observation is the same array."""
 
     observation_space, action_space = Box(-1, 1, (1,)), Discrete(2)
+    observation = np.zeros(1, np.float32)
 
     def reset(self, *, seed=None, options=None):
-        return np.random.default_rng().uniform(-1, 1, 1).astype(np.float32), {}
+        self.observation[:] = np.random.default_rng().uniform(-1, 1, 1)
+        return self.observation, {}
 
 
 gym.register("IgnoresSeed-v0", IgnoresSeed, max_episode_steps=10)
@@ -147,21 +151,8 @@ TINY = ["--hidden-sizes", 8, "--no-anneal-lr", "--eval-episodes", 1, "--num-mini
 GROUPS = ["--num-envs", 6, "--group-size", 3, "--groups", 4]
 
 
-def recorded(monkeypatch, name, keep):
-    """What `keep` makes of every call of a function of grpo.py: keep(result, *arguments)."""
-    function, kept = getattr(grpo, name), []
-
-    def recording(*args):
-        result = function(*args)
-        kept.append(keep(result, *args))
-        return result
-
-    monkeypatch.setattr(grpo, name, recording)
-    return kept
-
-
 def test_each_group_starts_from_one_state_of_its_own(monkeypatch):
-    starts = recorded(monkeypatch, "play_episodes", lambda result, *_: result[0].observations[0])
+    starts = recorded(grpo, monkeypatch, "play_episodes", lambda result, *_: result[0].observations[0])
     flags = [*TINY, *GROUPS, "--total-timesteps"]
     run_dir = train(grpo, *flags, 600)["run_dir"]
     train(grpo, "--resume", run_dir, "--total-timesteps", 1200)
@@ -173,8 +164,8 @@ def test_each_group_starts_from_one_state_of_its_own(monkeypatch):
 @pytest.mark.parametrize("flags", [["--reward-to-go"], ["--no-reward-to-go", "--no-std-normalisation"]])
 def test_a_batch_is_every_step_that_was_played_with_the_advantage_of_its_episode(flags, monkeypatch):
     """By loops over rounds, groups, episodes and steps."""
-    rounds = recorded(monkeypatch, "play_episodes", lambda result, *_: result[0])
-    batches = recorded(monkeypatch, "grpo_update", lambda _, policy, optimizer, batch, args: batch)
+    rounds = recorded(grpo, monkeypatch, "play_episodes", lambda result, *_: result[0])
+    batches = recorded(grpo, monkeypatch, "grpo_update", lambda _, policy, optimizer, batch, args: batch)
     flags = [*TINY, *GROUPS, "--gamma", 0.9, "--env-id", "CartPole-v1", "--total-timesteps", 1, *flags]
     result = train(grpo, *flags)
     expected = []
@@ -202,7 +193,7 @@ def test_a_batch_is_every_step_that_was_played_with_the_advantage_of_its_episode
 
 def test_the_reference_is_renewed_every_so_many_iterations_also_after_a_resume(monkeypatch):
     """In the first step of an iteration π is π_old: where the reference is new, both KLs are 0."""
-    kls = recorded(monkeypatch, "grpo_update", lambda metrics, *_: dict(zip(grpo.METRICS, metrics.tolist())))
+    kls = recorded(grpo, monkeypatch, "grpo_update", lambda metrics, *_: dict(zip(grpo.METRICS, metrics.tolist())))
     stops = iter([False] * 4 + [True] + [False] * 4 + [True])
     monkeypatch.setattr(grpo.Run, "interrupted", lambda run: next(stops))
     flags = [*TINY, *GROUPS, "--kl-coef", 0.1, "--reference-every", 3, "--learning-rate", 0.01]
@@ -210,6 +201,21 @@ def test_the_reference_is_renewed_every_so_many_iterations_also_after_a_resume(m
     train(grpo, "--resume", run_dir)
     assert [abs(x["approx_kl"]) < 1e-6 for x in kls] == [True] * 8
     assert [abs(x["reference_kl"]) < 1e-6 for x in kls] == [i % 3 == 0 for i in range(8)]
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_the_reference_keeps_its_own_observation_statistics(kl_coef, monkeypatch):
+    """In the second iteration the reference is the policy of the first one, with the statistics of then."""
+    played = recorded(grpo, monkeypatch, "play_episodes", lambda result, policy, *_: (copy.deepcopy(policy), result[0]))
+    batches = recorded(grpo, monkeypatch, "shuffled_parts", lambda _, batch, *__: batch)
+    flags = ["--num-envs", 6, "--group-size", 3, "--groups", 2, "--normalize-observations", "--kl-coef", kl_coef]
+    train(grpo, *TINY, *flags, "--total-timesteps", 200)
+    (reference, _), (policy, (observations, actions, _, running, *_)) = played[:2]
+    observations, actions = observations[running], actions[running]
+    expected, _ = reference.log_prob_and_entropy(reference.encode(observations), actions)
+    torch.testing.assert_close(batches[1].reference_log_probs, expected)
+    other, _ = reference.log_prob_and_entropy(policy.encode(observations), actions)
+    assert (expected - other).abs().max() > 1e-3
 
 
 def test_going_on_is_the_same_as_never_having_stopped():
@@ -232,8 +238,9 @@ def test_an_environment_that_ignores_the_seed_is_refused(capsys):
     assert lines[0].startswith("grpo.py: IgnoresSeed-v0") and "seed" in lines[0]
 
 
-def test_without_a_critic_a_return_ends_at_the_cut():
-    result = train(grpo, "--env-id", "OneState-v0", *TINY, *GROUPS, "--total-timesteps", 40, "--gamma", 0.9)
+@pytest.mark.parametrize("env_id", ["OneState-v0", "OneStateBox-v0", "OneStateDiscrete-v0"])
+def test_without_a_critic_a_return_ends_at_the_cut(env_id):
+    result = train(grpo, "--env-id", env_id, *TINY, *GROUPS, "--total-timesteps", 40, "--gamma", 0.9)
     truth = np.mean([(1 - 0.9**k) / 0.1 for k in range(1, 11)])
     assert last_scalar(result["run_dir"], "losses/returns") == pytest.approx(truth, rel=1e-4)
 

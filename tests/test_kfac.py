@@ -9,9 +9,15 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch.nn import functional as F
 
-ARGS = kfac.Args(trust_region=1e-3, critic_trust_region=1e-2, max_step_size=1e9, damping=0.01)
+ARGS = kfac.Args(
+    trust_region=1e-3, critic_trust_region=1e-2, max_step_size=1e9, damping=0.01, normalize_advantages=False
+)
 SPACES = {"discrete": Discrete(3), "box": Box(-1, 1, (2,))}
 each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+
+
+def linear_layers(agent):
+    return kfac.linear_layers(agent.actor) + kfac.linear_layers(agent.critic)
 
 
 def make_agent(space, hidden_sizes=(), inputs=4, seed=0):
@@ -20,9 +26,9 @@ def make_agent(space, hidden_sizes=(), inputs=4, seed=0):
     agent = kfac.ActorCritic(Box(-1, 1, (inputs,)), space, hidden_sizes, log_std_init=-0.3).double()
     with torch.no_grad():
         agent.actor[-1].weight *= 100
-        for layer in kfac.linear_layers(agent):
+        for layer in linear_layers(agent):
             layer.bias.normal_(std=0.5)
-    return agent, torch.nn.ModuleList(kfac.KroneckerFactors(layer) for layer in kfac.linear_layers(agent)).double()
+    return agent, kfac.make_curvature(agent).double()
 
 
 def make_batch(agent, size, states=None):
@@ -45,8 +51,7 @@ def vectors(layers):
 
 def per_sample_gradients(values, network):
     """Gradients (B, P) of each of the values (B,), layer by layer, each as vec."""
-    layers = [layer for layer in network if isinstance(layer, torch.nn.Linear)]
-    rows = []
+    layers, rows = kfac.linear_layers(network), []
     for value in values:
         gradients = torch.autograd.grad(value, [p for x in layers for p in (x.weight, x.bias)], retain_graph=True)
         rows.append(torch.cat([vec(*pair) for pair in zip(gradients[::2], gradients[1::2])]))
@@ -57,9 +62,16 @@ def own_actions(agent, states, noise):
     return agent.sample(states, noise).detach()
 
 
-def update(agent, curvature, batch, args=ARGS, number=1, annealed=1.0, noise=None, measure=kfac.gradients_and_factors):
-    noise = agent.draw_noise(len(batch.states)) if noise is None else noise
-    return kfac.kfac_update(agent, curvature, batch, noise, number, annealed, args, measure)
+def update(agent, curvature, batch, args=ARGS, annealed=1.0, noise=None, seen=None):
+    """kfac_update, with the given noise for the Fisher matrix; what was measured is appended to `seen`."""
+
+    def measure(agent, batch, drawn, ent_coef):
+        outputs = kfac.gradients_and_factors(agent, batch, drawn if noise is None else noise, ent_coef)
+        if seen is not None:
+            seen.append(outputs)
+        return outputs
+
+    return kfac.kfac_update(agent, curvature, batch, annealed, args, measure)
 
 
 # Gradients and factors --------------------------------------------------------------------------------------
@@ -69,17 +81,16 @@ def update(agent, curvature, batch, args=ARGS, number=1, annealed=1.0, noise=Non
 def test_gradients_are_those_of_the_loss(space):
     agent, _ = make_agent(space, (5, 6))
     batch = make_batch(agent, 30)
-    gradients, _, losses, log_probs = kfac.gradients_and_factors(agent, batch, agent.draw_noise(30), 0.3)
+    actor, _, critic, _, losses, log_probs = kfac.gradients_and_factors(agent, batch, agent.draw_noise(30), 0.3)
     expected_log_probs, entropy = agent.log_prob_and_entropy(batch.states, batch.actions)
     policy_loss = -(expected_log_probs * batch.advantages).mean()
     value_loss = (agent.value(batch.states) - batch.returns).square().mean()
     (policy_loss - 0.3 * entropy.mean() + value_loss / 2).backward()
-    for gradient, layer in zip(gradients, kfac.linear_layers(agent)):
+    for gradient, layer in zip(actor[:3] + critic, linear_layers(agent), strict=True):
         torch.testing.assert_close(gradient.T.flatten(), vec(layer.weight.grad, layer.bias.grad))
     if not agent.discrete:
-        torch.testing.assert_close(gradients[-1], agent.log_std.grad)
-    assert len(gradients) == len(kfac.linear_layers(agent)) + (not agent.discrete)
-    torch.testing.assert_close(losses, torch.stack([policy_loss, value_loss, entropy.mean()]).detach())
+        torch.testing.assert_close(actor[3], agent.log_std.grad)
+    torch.testing.assert_close(torch.stack(losses), torch.stack([policy_loss, value_loss, entropy.mean()]).detach())
     torch.testing.assert_close(log_probs, expected_log_probs.detach())
 
 
@@ -120,7 +131,7 @@ def test_the_fisher_matrix_is_of_the_policys_own_actions():
 
 
 def test_critic_factors_are_exact():
-    """Per layer A = E[āāᵀ], G = E[ggᵀ] with g = ∂V/∂s: traces multiply to those of the Gauss-Newton block's parts."""
+    """Per layer A = E[āāᵀ], G = E[ggᵀ] with g = ∂V/∂s."""
     agent, _ = make_agent(SPACES["discrete"], (5,))
     batch = make_batch(agent, 40)
     _, (A0, G0, A1, G1), _ = kfac.critic_gradients(agent, batch)
@@ -141,7 +152,7 @@ def random_factors(seed=0):
     torch.manual_seed(seed)
     factors = kfac.KroneckerFactors(torch.nn.Linear(4, 3)).double()
     a, g = 5 * torch.randn(30, 5).double(), 0.1 * torch.randn(30, 3).double()
-    factors.update(*kfac.kronecker_factors(a, g), weight=1.0)
+    factors.update(*kfac.kronecker_factors(a, g), ARGS)
     return factors
 
 
@@ -161,8 +172,7 @@ def test_precondition_solves_the_damped_dense_system(damping):
 def test_a_policy_without_curvature_still_has_finite_inverses():
     """Of a policy that has become deterministic, G is 0; rounding may leave a factor slightly indefinite."""
     factors = kfac.KroneckerFactors(torch.nn.Linear(4, 3))
-    factors.update(torch.eye(5) - 1e-7, torch.zeros(3, 3), weight=1.0)
-    factors.invert(0.01)
+    factors.update(torch.eye(5) - 1e-7, torch.zeros(3, 3), ARGS)
     assert factors.A_inverse.isfinite().all() and factors.G_inverse.isfinite().all()
     inverse = kfac.damped_inverse(torch.diag(torch.tensor([1.0, -1e-3])), torch.tensor(1e-3))
     torch.testing.assert_close(inverse.diag(), torch.tensor([1 / 1.001, 1e3]))
@@ -184,19 +194,23 @@ def test_quadratic_form_and_step_size():
 def test_both_steps_end_on_their_trust_regions(space, annealed):
     """The parameters' change d has dᵀ F̂ d = 2δ, with F̂ dense and log σ's block 2I; of the critic 2δ·E[(V − R̂)²]."""
     agent, curvature = make_agent(space, (5,))
-    batch, before = make_batch(agent, 50), vectors(kfac.linear_layers(agent))
+    agent.critic = kfac.mlp([4, 6, 5, 1], 1.0).double()  # deeper than the actor: the two are apart
+    curvature = kfac.make_curvature(agent).double()
+    batch, before, seen = make_batch(agent, 50), vectors(linear_layers(agent)), []
     log_std = None if agent.discrete else agent.log_std.detach().clone()
-    *_, losses, _ = kfac.gradients_and_factors(agent, batch, agent.draw_noise(50), 0.0)
-    update(agent, curvature, batch, annealed=annealed)
-    steps = [new - old for new, old in zip(vectors(kfac.linear_layers(agent)), before)]
-    forms = [d @ torch.kron(layer.A, layer.G) @ d for d, layer in zip(steps, curvature)]
-    actor_form, critic_form = forms[0] + forms[1], forms[2] + forms[3]
+    update(agent, curvature, batch, annealed=annealed, seen=seen)
+    steps = [new - old for new, old in zip(vectors(linear_layers(agent)), before)]
+    layers = [layer for network in curvature for layer in network]
+    forms = [d @ torch.kron(layer.A, layer.G) @ d for d, layer in zip(steps, layers, strict=True)]
+    assert min(forms) > 0
+    actor_form, critic_form = sum(forms[:2]), sum(forms[2:])
     if not agent.discrete:
         step = agent.log_std.detach() - log_std
-        assert 2 * step.square().sum() > 0.01 * actor_form
+        assert 2 * step.square().sum() > 0.001 * actor_form
         actor_form = actor_form + 2 * step.square().sum()
+    ((*_, (_, value_loss, _), _),) = seen
     assert actor_form.item() == pytest.approx(2e-3 * annealed**2)
-    assert critic_form.item() == pytest.approx(2e-2 * losses[1].item() * annealed**2)
+    assert critic_form.item() == pytest.approx(2e-2 * value_loss.item() * annealed**2)
 
 
 def test_the_bound_on_the_step_size_holds_where_it_is_smaller():
@@ -218,27 +232,41 @@ def test_the_trust_region_bounds_the_kl():
 
 
 def test_running_averages_and_their_inverses():
-    """Weights 1, 1/2, 1/3, then 0.3 for ever; new inverses with the first update and with every third after it."""
-    agent, curvature = make_agent(SPACES["discrete"], (5,))
+    """Weights 1, 1/2, 1/3, then 0.3 for ever; new inverses with the first update and with every third after it.
+
+    Every update is of curvature that a checkpoint has brought: the count of updates is part of it.
+    """
+    agent, _ = make_agent(SPACES["discrete"], (5,))
     seen, args = [], replace(ARGS, statistics_decay=0.7, inverse_every=3)
-
-    def measure(*inputs):
-        outputs = kfac.gradients_and_factors(*inputs)
-        seen.append([x.clone() for x in outputs[1]])
-        return outputs
-
-    averages, history = None, []
-    for number, weight in enumerate([1, 1 / 2, 1 / 3, 0.3, 0.3, 0.3], 1):
-        update(agent, curvature, make_batch(agent, 50), args, number, measure=measure)
-        averages = [weight * x + (1 - weight) * y for x, y in zip(seen[-1], averages or seen[-1])]
+    state, averages, history = kfac.make_curvature(agent).double().state_dict(), None, []
+    for number, weight in enumerate([1, 1 / 2, 1 / 3, 0.3, 0.3, 0.3, 0.3]):
+        curvature = kfac.make_curvature(agent).double()
+        curvature.load_state_dict(state)
+        update(agent, curvature, make_batch(agent, 50), args, seen=seen)
+        state = curvature.state_dict()
+        _, actor, _, critic, *_ = seen[-1]
+        averages = [weight * x + (1 - weight) * y for x, y in zip(actor + critic, averages or actor + critic)]
         history.append(averages)
-        for i, layer in enumerate(curvature):
-            A, G = averages[2 * i], averages[2 * i + 1]
+        for i, layer in enumerate(layer for network in curvature for layer in network):
+            A, G = averages[2 * i : 2 * i + 2]
             torch.testing.assert_close((layer.A, layer.G), (A, G))
-            A, G = history[(number - 1) // 3 * 3][2 * i : 2 * i + 2]
+            A, G = history[number // 3 * 3][2 * i : 2 * i + 2]
             pi = ((A.trace() / len(A)) / (G.trace() / len(G))) ** 0.5
             torch.testing.assert_close(layer.A_inverse @ (A + 0.1 * pi * torch.eye(len(A))), torch.eye(len(A)).double())
-    assert (seen[0][1] - seen[1][1]).abs().max() > 1e-3
+    assert (history[0][1] - history[1][1]).abs().max() > 1e-3
+
+
+def test_advantages_are_normalised_where_there_is_more_than_one():
+    """Their scale and mean then do not count, and a rollout of a single step leaves the weights finite."""
+    args, after = replace(ARGS, normalize_advantages=True, max_step_size=0.01), []
+    for scale, shift in ((1, 0), (7, 3)):
+        agent, curvature = make_agent(SPACES["box"], (5,))
+        batch = make_batch(agent, 50)
+        update(agent, curvature, batch._replace(advantages=scale * batch.advantages + shift), args)
+        after.append(torch.cat(vectors(linear_layers(agent))))
+    torch.testing.assert_close(*after)
+    metrics = update(agent, curvature, make_batch(agent, 1), args)
+    assert metrics.isfinite().all() and torch.cat(vectors(linear_layers(agent))).isfinite().all()
 
 
 def test_the_fisher_matrix_of_log_std_is_two():
@@ -253,9 +281,9 @@ def test_the_fisher_matrix_of_log_std_is_two():
     fisher = torch.autograd.functional.hessian(kl, torch.cat([mean, log_std]))
     torch.testing.assert_close(fisher[2:], torch.tensor([[0, 0, 2, 0], [0, 0, 0, 2]]).double())
     batch, noise = make_batch(agent, 50), agent.draw_noise(50)
-    gradients, *_ = kfac.gradients_and_factors(agent, batch, noise, 0.0)
+    (*_, gradient), *_ = kfac.gradients_and_factors(agent, batch, noise, 0.0)
     *_, size, _ = update(agent, curvature, batch, noise=noise)
-    expected = log_std - size * torch.linalg.solve(fisher[2:, 2:] + ARGS.damping * torch.eye(2), gradients[-1])
+    expected = log_std - size * torch.linalg.solve(fisher[2:, 2:] + ARGS.damping * torch.eye(2), gradient)
     torch.testing.assert_close(agent.log_std.detach(), expected)
 
 
@@ -299,11 +327,11 @@ def test_kfac_is_closer_to_the_exact_natural_gradient_than_the_gradient_is(seed)
         scores = per_sample_gradients(log_probs, agent.actor)
         fisher = fisher + (log_probs.exp().detach().unsqueeze(1) * scores).T @ scores / 300
     gradients, *_ = kfac.gradients_and_factors(agent, batch, agent.draw_noise(300), 0.0)
-    gradient = torch.cat([x.T.flatten() for x in gradients[:2]])
+    gradient = torch.cat([x.T.flatten() for x in gradients])
     natural = torch.linalg.solve(fisher + ARGS.damping * torch.eye(len(fisher)), gradient)
-    before = torch.cat(vectors(kfac.linear_layers(agent)[:2]))
+    before = torch.cat(vectors(kfac.linear_layers(agent.actor)))
     update(agent, curvature, batch)
-    direction = before - torch.cat(vectors(kfac.linear_layers(agent)[:2]))
+    direction = before - torch.cat(vectors(kfac.linear_layers(agent.actor)))
     plain, ours = (F.cosine_similarity(x, natural, dim=0).item() for x in (gradient, direction))
     assert ours > plain and ours > 0.5, (ours, plain)
 
@@ -328,8 +356,8 @@ def test_an_affine_change_of_the_inputs_leaves_the_steps_effect_unchanged_and_sg
             if method == "K-FAC":
                 update(agent, curvature, batch._replace(states=x), args, noise=noise)
             else:
-                gradients, *_ = kfac.gradients_and_factors(agent, batch._replace(states=x), noise, 0.0)
-                for layer, gradient in zip(kfac.linear_layers(agent), gradients):
+                actor, _, critic, *_ = kfac.gradients_and_factors(agent, batch._replace(states=x), noise, 0.0)
+                for layer, gradient in zip(linear_layers(agent), actor[:2] + critic, strict=True):
                     layer.weight.data -= 1e-3 * gradient[:, :-1]
                     layer.bias.data -= 1e-3 * gradient[:, -1]
             after = [network(x).detach() for network in (agent.actor, agent.critic)]
@@ -355,17 +383,18 @@ def milliseconds(function, rounds=5, calls=20):
     return 1000 * min(times)
 
 
+@pytest.mark.slow
 def test_overhead_of_an_update_over_a2cs(record_property):
     """The same network and batch: a K-FAC update, inverses included, against one gradient step with RMSprop."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     agent = kfac.ActorCritic(Box(-1, 1, (4,)), Discrete(2), (64, 64))
-    curvature = torch.nn.ModuleList(kfac.KroneckerFactors(layer) for layer in kfac.linear_layers(agent))
+    curvature = kfac.make_curvature(agent)
     batch = kfac.KFACBatch(*(x if x.dtype == torch.int64 else x.float() for x in make_batch(agent.double(), 256)))
     agent.float()
     optimizer = torch.optim.RMSprop(agent.parameters(), lr=1e-6, alpha=0.99, eps=1e-5)
-    args, number = replace(ARGS, max_step_size=1e-6, inverse_every=10), iter(range(1, 10_000))
+    args = replace(ARGS, max_step_size=1e-6)
 
     def a2c():
         log_probs, entropy = agent.log_prob_and_entropy(batch.states, batch.actions)
@@ -376,9 +405,9 @@ def test_overhead_of_an_update_over_a2cs(record_property):
         torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
         optimizer.step()
 
-    ours = milliseconds(lambda: update(agent, curvature, batch, args, next(number)))
+    ours = milliseconds(lambda: update(agent, curvature, batch, args))
     theirs = milliseconds(a2c)
-    without = milliseconds(lambda: update(agent, curvature, batch, args, 2))  # no inverses at the second update
+    without = milliseconds(lambda: update(agent, curvature, batch, replace(args, inverse_every=1_000_000)))
     torch.set_num_threads(threads)
     record_property("overhead", ours / theirs)
     print(f"K-FAC {ours:.2f} ms ({without:.2f} without inverses), A2C {theirs:.2f} ms: {ours / theirs:.1f} times")

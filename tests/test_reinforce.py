@@ -1,7 +1,9 @@
 """algos/reinforce.py: its estimates against the exact gradient of a small MDP, its updates against SB3's A2C."""
 
+import copy
 import itertools
 
+import grpo
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -17,7 +19,10 @@ BASELINES = ("none", "mean", "optimal", "value")
 
 
 class KnownLengths(gym.Env):
-    """Episodes whose length is the seed: odd ones terminate, even ones are truncated. Observations are (length, t)."""
+    """Episodes whose length is the seed; observations are (length, t).
+
+    Odd ones terminate, even ones are truncated, those of two steps are both.
+    """
 
     observation_space, action_space = Box(-100, 100, (2,)), Discrete(2)
 
@@ -32,9 +37,25 @@ class KnownLengths(gym.Env):
     def step(self, action):
         self.t += 1
         end, odd = self.t >= self.length, self.length % 2 == 1
-        return self.observe(), 1.0 + action * self.t, end and odd, end and not odd, {}
+        return self.observe(), 1.0 + action * self.t, end and (odd or self.length == 2), end and not odd, {}
 
 
+class Equal(gym.Env):
+    """Seven steps of reward 0.1, whatever the actions: all episodes are equal."""
+
+    observation_space, action_space = Box(0, 7, (1,)), Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.full(1, self.t, np.float32), 0.1, self.t == 7, False, {}
+
+
+gym.register("Equal-v0", Equal)
 gym.register("KnownLengths-v0", KnownLengths)
 SEEDS = [4, 0, 7, 1]
 LENGTHS = [5, 1, 8, 2]
@@ -62,11 +83,23 @@ def test_every_environment_plays_one_episode_and_idle_steps_are_left_out():
         torch.testing.assert_close(rewards[:length, i], 1.0 + actions[:length, i] * torch.arange(1, length + 1))
         assert rewards[length:, i].eq(0).all()
         assert final_observations[i].tolist() == [length, length]
-    assert truncated.tolist() == [length % 2 == 0 for length in LENGTHS]
+    assert truncated.tolist() == [False, False, True, False]  # of 5, 1, 8 and 2 steps; the last is terminated too
     logged = [(i, infos["episode"]["r"][i], infos["episode"]["l"][i]) for infos in ends for i in range(4)]
     logged = {i: (r, n) for (i, r, n), kept in zip(logged, np.concatenate([x["_episode"] for x in ends])) if kept}
     assert logged == {i: (rewards[:, i].sum().item(), length) for i, length in enumerate(LENGTHS)}
     assert sum(infos["_episode"].sum() for infos in ends) == 4
+
+
+@pytest.mark.parametrize("module", [reinforce, grpo], ids=["reinforce", "grpo"])
+def test_an_episode_that_does_not_end_is_reported(module, monkeypatch, capsys):
+    monkeypatch.setattr(module, "EPISODE_LIMIT", 8)
+    play(module)  # the longest ends with its eighth step
+    monkeypatch.setattr(module, "EPISODE_LIMIT", 7)
+    with pytest.raises(SystemExit) as exit_:
+        play(module)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert exit_.value.code == 2 and len(lines) == 1
+    assert all(word in lines[0] for word in (" 7 steps", "TimeLimit", "max_episode_steps", "ppo.py"))
 
 
 def test_only_used_steps_count():
@@ -112,6 +145,21 @@ def test_leave_one_out_mean():
     torch.testing.assert_close(reinforce.leave_one_out_mean(returns), torch.tensor(expected, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("N", [2, 3, 8])
+def test_leave_one_out_mean_of_equal_returns_is_exactly_these(N):
+    returns = reinforce.returns_to_go(torch.ones(500, N), 0.99)
+    assert torch.equal(reinforce.leave_one_out_mean(returns), returns)
+
+
+def test_optimal_baseline_where_one_gradient_is_much_larger():
+    """Without that one, the baseline is the mean of the others' returns, and not what is left of a difference."""
+    g = torch.ones(3, 2)
+    g[0] *= 1e5
+    b = reinforce.optimal_baseline(g, torch.tensor([[-50.0], [3.0], [5.0]]) * g)
+    torch.testing.assert_close(b, torch.tensor([4.0, -50.0, -50.0]))
+    assert reinforce.optimal_baseline(0 * g, 0 * g).eq(0).all()
+
+
 def test_optimal_baseline_minimises_the_variance_over_the_other_episodes():
     """E[g] = 0, so the variance of h − b g is least where its mean square is: at 0 derivative, for every i."""
     g, h = torch.randn(2, 6, 10, dtype=torch.float64)
@@ -142,10 +190,10 @@ def test_episode_gradients_are_those_of_each_episode_alone():
 
 
 def test_policy_gradient_loss_sums_over_time_and_averages_over_episodes():
-    log_probs, entropy, weights = torch.randn(3, 4, 2)
+    log_probs, entropy, advantages = torch.randn(3, 4, 2)
     running = torch.tensor([[True, True], [True, True], [True, False], [True, False]])
-    loss = reinforce.policy_gradient_loss(log_probs, entropy, weights, running, 0.3)
-    terms = log_probs * weights + 0.3 * entropy
+    loss = reinforce.policy_gradient_loss(log_probs, entropy, advantages, running, 0.3)
+    terms = log_probs * advantages + 0.3 * entropy
     assert loss.item() == pytest.approx(-(terms[:, 0].sum() + terms[:2, 1].sum()).item() / 2, rel=1e-5)
 
 
@@ -277,7 +325,7 @@ def test_baselines_and_reward_to_go_lower_the_variance(estimates):
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("reward_to_go", [True, False])
 @pytest.mark.parametrize("baseline", BASELINES)
-def test_weights_of_an_iteration_are_the_definition(baseline, reward_to_go, normalize, monkeypatch):
+def test_advantages_of_an_iteration_are_the_definition(baseline, reward_to_go, normalize, monkeypatch):
     """R − b by loops over episodes and steps, with the networks as they were before the update."""
     seen = {}
 
@@ -299,7 +347,7 @@ def test_weights_of_an_iteration_are_the_definition(baseline, reward_to_go, norm
         return critic(states).detach().squeeze(-1).double(), final.detach().squeeze(-1).double()
 
     record("play_episodes", lambda *args: None)
-    record("policy_update", lambda policy, _, states, actions, weights, *__: (weights, policy_gradients(policy)))
+    record("policy_update", lambda policy, _, states, actions, advantages, *__: (advantages, policy_gradients(policy)))
     record("value_update", values)
 
     def policy_gradients(policy):
@@ -317,7 +365,7 @@ def test_weights_of_an_iteration_are_the_definition(baseline, reward_to_go, norm
     flags = ["--env-id", "KnownLengths-v0", "--total-timesteps", 1, "--num-envs", 5, "--gamma", 0.9, "--seed", 2]
     flags += ["--baseline", baseline, "--reward-to-go" if reward_to_go else "--no-reward-to-go", "--eval-episodes", 1]
     train(reinforce, *flags, "--normalize-returns" if normalize else "--no-normalize-returns")
-    episodes, (weights, gradients) = seen["episodes"], seen["policy_update"]
+    episodes, (advantages, gradients) = seen["episodes"], seen["policy_update"]
     assert episodes.truncated.any() and not episodes.truncated.all() and len(set(lengths())) > 2
     R = np.zeros((8, 5))
     for i, length in enumerate(lengths()):
@@ -343,9 +391,74 @@ def test_weights_of_an_iteration_are_the_definition(baseline, reward_to_go, norm
             elif baseline == "value":
                 b = seen["value_update"][0][t if reward_to_go else 0, i].item()
             expected.append(R[t, i] - b)
-    expected = np.array(expected) / (np.std(expected) if normalize else 1)
-    found = np.concatenate([weights[:length, i].numpy() for i, length in enumerate(lengths())])
+    expected = np.array(expected) / (np.sqrt(np.mean(np.square(expected))) if normalize else 1)
+    found = np.concatenate([advantages[:length, i].numpy() for i, length in enumerate(lengths())])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def recorded(module, monkeypatch, name, keep):
+    """What `keep` makes of every call of a function of the file: keep(result, *arguments)."""
+    function, kept = getattr(module, name), []
+
+    def recording(*args):
+        result = function(*args)
+        kept.append(keep(result, *args))
+        return result
+
+    monkeypatch.setattr(module, name, recording)
+    return kept
+
+
+ONCE = ["--total-timesteps", 1, "--hidden-sizes", 8, "--eval-episodes", 1]
+
+
+@pytest.mark.parametrize("N", [3, 8])
+@pytest.mark.parametrize("baseline, reward_to_go", [("mean", True), ("mean", False), ("optimal", False)])
+def test_equal_episodes_have_no_advantage_over_each_other(baseline, reward_to_go, N, monkeypatch):
+    """Exactly none: there is nothing that --normalize-returns could make large."""
+    seen = recorded(reinforce, monkeypatch, "policy_update", lambda _, *args: args[4])
+    flags = ["--baseline", baseline, "--reward-to-go" if reward_to_go else "--no-reward-to-go", "--num-envs", N]
+    train(reinforce, "--env-id", "Equal-v0", *ONCE, *flags, "--normalize-returns")
+    assert seen[0].shape == (7, N) and seen[0].eq(0).all()
+
+
+@pytest.mark.parametrize("baseline, N", [("none", 1), ("none", 8), ("value", 1)])
+def test_equal_weights_are_normalised_to_1(baseline, N, monkeypatch):
+    seen = recorded(reinforce, monkeypatch, "policy_update", lambda _, *args: args[4])
+    flags = ["--baseline", baseline, "--no-reward-to-go", "--num-envs", N, "--normalize-returns"]
+    train(reinforce, "--env-id", "Equal-v0", *ONCE, *flags)
+    torch.testing.assert_close(seen[0].abs(), torch.ones(7, N))
+
+
+def test_final_values_are_those_of_normalised_observations(monkeypatch):
+    """In the second iteration, when there are statistics to normalise by, and V has been fitted once."""
+    episodes = recorded(
+        reinforce, monkeypatch, "play_episodes", lambda result, policy, *_: (copy.deepcopy(policy), result[0])
+    )
+    critics = recorded(reinforce, monkeypatch, "value_update", lambda _, critic, *__: copy.deepcopy(critic))
+    final_values = recorded(reinforce, monkeypatch, "add_final_values", lambda _, *args: args[2])
+    flags = ["--env-id", "KnownLengths-v0", "--num-envs", 16, "--value-steps", 1, "--normalize-observations"]
+    train(reinforce, *flags, *ONCE, "--total-timesteps", 100)
+    policy, (*_, final_observations, truncated) = episodes[1]
+    expected = critics[0](policy.encode(final_observations)).squeeze(-1) * truncated
+    assert truncated.any() and not truncated.all()
+    torch.testing.assert_close(final_values[1], expected)
+
+
+def test_the_learning_rate_falls_with_the_steps_played(monkeypatch):
+    lrs = recorded(reinforce, monkeypatch, "policy_update", lambda *args: args[2].param_groups[0]["lr"].item())
+    steps = recorded(reinforce, monkeypatch, "play_episodes", lambda result, *_: result[0].running.sum().item())
+    flags = [*ONCE, "--total-timesteps", 1000, "--learning-rate", 0.02, "--anneal-lr"]
+    run_dir = train(reinforce, *flags)["run_dir"]
+    assert len(lrs) > 2
+    np.testing.assert_allclose(lrs, 0.02 * (1 - np.cumsum([0, *steps[:-1]]) / 1000), rtol=1e-5)
+    lrs.clear()
+    before = sum(steps)
+    train(reinforce, "--resume", run_dir, "--total-timesteps", 2000)
+    assert lrs[0] == pytest.approx(0.02 * (1 - before / 2000), rel=1e-5) and lrs[-1] < lrs[0]
+    lrs.clear()
+    train(reinforce, *flags, "--no-anneal-lr")
+    np.testing.assert_allclose(lrs, 0.02, rtol=1e-5)
 
 
 ONE_STATE = ["--total-timesteps", 4000, "--baseline", "value", "--gamma", 0.9, "--eval-episodes", 1, "--num-envs", 4]
@@ -358,13 +471,23 @@ def test_with_a_critic_a_time_limit_is_not_a_termination():
     assert last_scalar(result["run_dir"], "losses/values") == pytest.approx(10, abs=0.3)
 
 
+@pytest.mark.parametrize("env_id", ["OneStateBox-v0", "OneStateDiscrete-v0"])
+def test_a_return_with_a_critic_is_completed_by_its_value(env_id):
+    """All states are one: at γ = 1 returns are V plus what is left of ten steps, 5.5 in the mean."""
+    result = train(reinforce, "--env-id", env_id, *ONE_STATE, "--total-timesteps", 40, "--gamma", 1)
+    values, returns = (last_scalar(result["run_dir"], f"losses/{name}") for name in ("values", "returns"))
+    assert returns == pytest.approx(values + 5.5, rel=1e-5)
+
+
 def test_a_termination_is_not_completed():
     result = train(reinforce, "--env-id", "OneStateTerminal-v0", *ONE_STATE)
     assert last_scalar(result["run_dir"], "losses/values") == pytest.approx(TEN_STEPS, abs=0.3)
 
 
-def test_without_a_critic_a_return_ends_at_the_cut():
-    result = train(reinforce, "--env-id", "OneState-v0", *ONE_STATE, "--baseline", "mean", "--total-timesteps", 40)
+@pytest.mark.parametrize("env_id", ["OneState-v0", "OneStateBox-v0", "OneStateDiscrete-v0"])
+@pytest.mark.parametrize("baseline", ["mean", "optimal"])
+def test_without_a_critic_a_return_ends_at_the_cut(baseline, env_id):
+    result = train(reinforce, "--env-id", env_id, *ONE_STATE, "--baseline", baseline, "--total-timesteps", 40)
     assert last_scalar(result["run_dir"], "losses/returns") == pytest.approx(TEN_STEPS, rel=1e-4)
 
 
