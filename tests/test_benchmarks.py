@@ -239,6 +239,38 @@ def test_a_finished_run_is_recorded_once_and_not_measured_again(tmp_path):
     assert run.plan(cell, folder, run.read_runs(results), True)[0] != "skip"
 
 
+@pytest.fixture
+def measured(tmp_path):
+    """Results of kfac, whose return rises to 100 within 10k steps, and of both A2Cs, whose does within 40k and 80k."""
+    rows = []
+    (tmp_path / "episodes").mkdir()
+    for impl, algo, rise, code in (("ours", "kfac", 10_000, 1), ("ours", "a2c", 40_000, 2), ("sb3", "a2c", 80_000, 3)):
+        for seed in (1, 2, 3):
+            cell = run.Cell(impl, algo, "CartPole-v1", seed, 100_000)
+            returns = np.minimum(100, np.arange(1, 1001) * 100 * 100 / rise)
+            pd.DataFrame({"r": returns, "l": 100, "t": 1.0}).to_csv(tmp_path / "episodes" / f"{cell.name}.csv.gz")
+            row = dict(zip(run.KEY, (impl, algo, "CartPole-v1", seed, 100_000)))
+            rows.append(row | {"eval_mean": 100.0 * code + seed, "code_sha256": "older", "versions": "torch=2"})
+    pd.DataFrame(rows).to_csv(tmp_path / "runs.csv", index=False)
+    return run.read_runs(tmp_path), tmp_path
+
+
+def test_sample_efficiency_counts_the_steps_to_a2cs_final_return(measured):
+    ours, sb3s = report.efficiency_rows(*measured)
+    assert (ours["against"], ours["A2C's steps"], ours["its steps"], ours["×"]) == ("our A2C", "42k", "12k", "3.5")
+    assert (sb3s["against"], sb3s["A2C's steps"], sb3s["its steps"], sb3s["×"]) == ("SB3's A2C", "82k", "12k", "6.8")
+    assert ours["A2C's final return"] == "100.0" and ours["algorithm"] == "kfac †"
+
+
+def test_an_algorithm_without_counterpart_stands_beside_sb3s_a2c_and_ppo(measured):
+    runs, _ = measured
+    cells = [run.Cell("ours", "kfac", "CartPole-v1", seed, 100_000) for seed in (1, 2, 3, 4)]
+    row = report.comparison("kfac", "CartPole-v1", 100_000, runs, cells)
+    assert row["ours"].startswith("102.0 [") and row["seeds (ours, SB3)"] == "3/4"
+    assert row["SB3"].startswith("A2C 302.0 [") and "(3); PPO — (0)" in row["SB3"]
+    assert (row["difference"], row["verdict"]) == ("—", "—")
+
+
 def test_the_page_is_what_report_py_makes_of_the_measurements(tmp_path, monkeypatch):
     """Red? Run `python benchmarks/report.py` and commit the page."""
     shutil.copytree(RESULTS, tmp_path / "results")
