@@ -3,8 +3,9 @@
     python benchmarks/sb3.py ppo --env-id Hopper-v5 --seed 3
 
 takes the flags of algos/ppo.py, the environment's recommended settings included, and translates every one of
-them; so with a2c, and with trpo for sb3-contrib's. It leaves a run directory of the same form (args.json,
-monitor.csv, model.zip) and prints the same lines.
+them; so with a2c, dqn, ddpg, td3 and sac, and with trpo for sb3-contrib's. It leaves a run directory of the same
+form (args.json, monitor.csv, model.zip) and prints the same lines. What SB3 does not have is refused, but for Double
+DQN, the default of algos/dqn.py: SB3's DQN is the plain one whether --double is set or not.
 """
 
 import json
@@ -19,10 +20,11 @@ import numpy as np
 import stable_baselines3
 import torch
 from sb3_contrib import TRPO
-from stable_baselines3 import A2C, PPO
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
 from tqdm import tqdm
 
@@ -114,7 +116,114 @@ def trpo_model(args, env: VecEnv) -> TRPO:
     )
 
 
-MODELS = {"ppo": ppo_model, "a2c": a2c_model, "trpo": trpo_model}
+def dqn_model(args, env: VecEnv) -> DQN:
+    """SB3's DQN with every hyperparameter of algos/dqn.py's Args but --double."""
+    refuse_unless(args, exploration="epsilon", loss="huber")
+    return DQN(
+        "MlpPolicy",
+        env,
+        learning_rate=args.learning_rate,
+        buffer_size=args.buffer_size,
+        learning_starts=args.learning_starts,
+        batch_size=args.batch_size,
+        tau=args.tau,
+        gamma=args.gamma,
+        train_freq=args.train_frequency,
+        gradient_steps=args.gradient_steps,
+        n_steps=args.n_step,
+        target_update_interval=args.target_frequency,
+        exploration_fraction=args.exploration_fraction,
+        exploration_initial_eps=args.exploration_start,
+        exploration_final_eps=args.exploration_end,
+        max_grad_norm=args.max_grad_norm,
+        policy_kwargs=dict(net_arch=list(args.hidden_sizes)),
+        seed=args.seed,
+        device="cpu",
+    )
+
+
+def continuous_q_arguments(args) -> dict:
+    """SB3's names for what algos/ddpg.py, td3.py and sac.py have in common."""
+    return dict(
+        learning_rate=args.learning_rate,
+        buffer_size=args.buffer_size,
+        learning_starts=args.learning_starts,
+        batch_size=args.batch_size,
+        tau=args.tau,
+        gamma=args.gamma,
+        train_freq=args.train_frequency,
+        gradient_steps=args.gradient_steps,
+        seed=args.seed,
+        device="cpu",
+    )
+
+
+def exploration_noise(args, env: VecEnv) -> ActionNoise:
+    """SB3's form of the noise that algos/ddpg.py and td3.py add to actions in [−1, 1]."""
+    sigma = np.full(env.action_space.shape, args.exploration_noise)
+    if args.noise == "gaussian":
+        return NormalActionNoise(np.zeros_like(sigma), sigma)
+    return OrnsteinUhlenbeckActionNoise(np.zeros_like(sigma), sigma, theta=0.15, dt=1.0)
+
+
+def ddpg_model(args, env: VecEnv) -> DDPG:
+    """SB3's DDPG with every hyperparameter of algos/ddpg.py's Args."""
+    noise = exploration_noise(args, env)
+    policy_kwargs = dict(net_arch=list(args.hidden_sizes))
+    return DDPG("MlpPolicy", env, **continuous_q_arguments(args), action_noise=noise, policy_kwargs=policy_kwargs)
+
+
+def td3_model(args, env: VecEnv) -> TD3:
+    """SB3's TD3 with every hyperparameter of algos/td3.py's Args."""
+    return TD3(
+        "MlpPolicy",
+        env,
+        **continuous_q_arguments(args),
+        action_noise=exploration_noise(args, env),
+        policy_delay=args.policy_delay,
+        target_policy_noise=args.target_noise,
+        target_noise_clip=args.target_noise_clip,
+        policy_kwargs=dict(net_arch=list(args.hidden_sizes), n_critics=args.num_critics),
+    )
+
+
+def sac_model(args, env: VecEnv) -> SAC:
+    """SB3's SAC with every hyperparameter of algos/sac.py's Args but REDQ's."""
+    refuse_unless(args, policy_delay=1, critic_subset=args.num_critics)
+    return SAC(
+        "MlpPolicy",
+        env,
+        **continuous_q_arguments(args),
+        ent_coef=f"auto_{args.alpha}" if args.autotune else args.alpha,
+        target_entropy="auto" if args.target_entropy is None else args.target_entropy,
+        policy_kwargs=dict(net_arch=list(args.hidden_sizes), n_critics=args.num_critics),
+    )
+
+
+MODELS = {
+    "ppo": ppo_model,
+    "a2c": a2c_model,
+    "trpo": trpo_model,
+    "dqn": dqn_model,
+    "ddpg": ddpg_model,
+    "td3": td3_model,
+    "sac": sac_model,
+}
+
+
+def refuse_unless(args, **values) -> None:
+    """Exits with one line where a flag has a value that SB3 has no counterpart of."""
+    for name, value in values.items():
+        if getattr(args, name) != value:
+            sys.exit(f"sb3.py: SB3 has no --{name.replace('_', '-')} {getattr(args, name)}; it has {value} alone")
+
+
+def parse_args(algo: str, argv: list[str]):
+    """algos/{algo}.py's flags; the off-policy scripts, which normalise nothing, say so in the others' words."""
+    args = __import__(algo).parse_args(argv)
+    if not hasattr(args, "normalize_observations"):
+        args.normalize_observations = args.normalize_rewards = False
+    return args
 
 
 class ProgressBar(BaseCallback):
@@ -169,4 +278,4 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in MODELS:
         sys.exit(f"usage: python benchmarks/sb3.py {{{','.join(MODELS)}}} [the flags of algos/ALGO.py]")
     algo = sys.argv[1]
-    train(algo, __import__(algo).parse_args(sys.argv[2:]))
+    train(algo, parse_args(algo, sys.argv[2:]))

@@ -22,10 +22,17 @@ CLASSIC = ["CartPole-v1", "Acrobot-v1", "Pendulum-v1"]
 
 SUITES: dict[str, list[Entry]] = {
     "smoke": [Entry(["ppo"], ["CartPole-v1"], range(1, 3), 5_000)],
-    "classic": [Entry(["ppo", "a2c", "trpo", "reinforce", "kfac", "grpo"], CLASSIC, range(1, 11), 100_000)],
+    "classic": [
+        Entry(["ppo", "a2c", "trpo", "reinforce", "kfac", "grpo"], CLASSIC, range(1, 11), 100_000),
+        Entry(["a2c"], ["CartPole-v1"], range(1, 11), implementations=("ours",)),
+        Entry(["dqn"], ["CartPole-v1"], range(1, 11), 50_000),
+        Entry(["dqn"], ["Acrobot-v1"], range(1, 11), 100_000),
+        Entry(["ddpg", "td3", "sac"], ["Pendulum-v1"], range(1, 11), 20_000),
+    ],
     "mujoco": [
         Entry(["ppo"], ["HalfCheetah-v5", "Hopper-v5"], range(1, 4), 1_000_000),
         Entry(["trpo"], ["Hopper-v5"], range(1, 4), 1_000_000),
+        Entry(["td3", "sac"], ["HalfCheetah-v5", "Hopper-v5"], range(1, 4), 100_000),
     ],
     "efficiency": [Entry(["a2c", "kfac"], ["HalfCheetah-v5"], range(1, 4), 500_000)],
 }

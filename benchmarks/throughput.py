@@ -23,7 +23,7 @@ from typing import NamedTuple
 import pandas as pd
 import tyro
 from run import RESULTS, ROOT, last_line, source_sha256
-from sb3 import MODELS, make_env
+from sb3 import MODELS, make_env, parse_args
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
@@ -66,6 +66,23 @@ WORKS = {
         warmup_steps=2 * 2048,
         steps=10 * 2048,
     ),
+    "dqn CartPole": Work(
+        algo="dqn",
+        flags="--env-id CartPole-v1 --no-double --hidden-sizes 120 84 --batch-size 128 --train-frequency 1"
+        " --gradient-steps 1 --learning-starts 1000",
+        warmup_steps=3_000,
+        steps=12_000,
+    ),
+    **{
+        f"{algo} HalfCheetah": Work(
+            algo=algo,
+            flags="--env-id HalfCheetah-v5 --hidden-sizes 256 256 --batch-size 256 --learning-starts 1000"
+            " --torch-threads 2",
+            warmup_steps=2_000,
+            steps=3_000,
+        )
+        for algo in ("ddpg", "td3", "sac")
+    },
 }
 SETTINGS = ("eager", "compile", "sb3")
 
@@ -117,7 +134,7 @@ def measure(work: Work, setting: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         argv = f"{work.flags} --total-timesteps {work.warmup_steps + work.steps} --eval-episodes 1 --device cpu".split()
         argv += ["--output-dir", folder] + (["--compile"] if setting == "compile" else [])
-        args = importlib.import_module(work.algo).parse_args(argv)
+        args = parse_args(work.algo, argv)
         boundaries = (boundaries_sb3 if setting == "sb3" else boundaries_ours)(work.algo, args)
     measured = [(step, seconds) for step, seconds in boundaries if step >= work.warmup_steps]
     (first_step, start), (last_step, end) = measured[0], measured[-1]

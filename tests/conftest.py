@@ -12,7 +12,8 @@ class OneState(gym.Env):
     def __init__(self, action: str = "discrete", observation: str = "box"):
         spaces = {"box": Box(-1, 1, (1,)), "discrete": Discrete(3, start=2), "dict": Dict(a=Discrete(2))}
         self.observation_space = spaces[observation]
-        actions = {"discrete": Discrete(2), "box": Box(-1, 1, (1,)), "multi": MultiDiscrete([2, 2])}
+        unbounded = Box(-np.inf, np.inf, (1,))
+        actions = {"discrete": Discrete(2), "box": Box(-1, 1, (1,)), "multi": MultiDiscrete([2, 2]), "any": unbounded}
         self.action_space = actions[action]
 
     def observe(self):
@@ -43,8 +44,8 @@ class OneStateTerminal(OneState):
 class Faulty(OneState):
     """Goes wrong at its 300th step: a reward or an observation that is not finite."""
 
-    def __init__(self, fault: str):
-        super().__init__()
+    def __init__(self, fault: str, action: str = "discrete"):
+        super().__init__(action)
         self.fault, self.steps = fault, 0
 
     def step(self, action):
@@ -60,12 +61,15 @@ class Faulty(OneState):
 
 gym.register("OneState-v0", OneState, max_episode_steps=10)
 gym.register("OneStateTerminal-v0", OneStateTerminal)
+gym.register("OneStateTerminalBox-v0", OneStateTerminal, kwargs={"action": "box"})
 gym.register("OneStateBox-v0", OneState, max_episode_steps=10, kwargs={"action": "box"})
 gym.register("OneStateDiscrete-v0", OneState, max_episode_steps=10, kwargs={"observation": "discrete"})
 gym.register("OneStateDict-v0", OneState, max_episode_steps=10, kwargs={"observation": "dict"})
 gym.register("OneStateMulti-v0", OneState, max_episode_steps=10, kwargs={"action": "multi"})
-gym.register("BadReward-v0", Faulty, max_episode_steps=10, kwargs={"fault": "reward"})
-gym.register("BadObservation-v0", Faulty, max_episode_steps=10, kwargs={"fault": "obs"})
+gym.register("OneStateUnbounded-v0", OneState, max_episode_steps=10, kwargs={"action": "any"})
+for name, fault in (("BadReward", "reward"), ("BadObservation", "obs")):
+    gym.register(f"{name}-v0", Faulty, max_episode_steps=10, kwargs={"fault": fault})
+    gym.register(f"{name}Box-v0", Faulty, max_episode_steps=10, kwargs={"fault": fault, "action": "box"})
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,7 @@
 """Runs Stable-Baselines3's own training and shows each of its rollouts to the update under test."""
 
+import functools
+
 import gymnasium as gym
 import numpy as np
 import torch
@@ -79,3 +81,56 @@ def largest_difference(agent, reference, before: dict) -> float:
         assert (ours - before[name]).abs().max() > 1e-4, f"{name} did not move"
         worst = max(worst, ((ours - theirs).norm() / theirs.norm()).item())
     return worst
+
+
+def follow_replay(model, buffer, total_timesteps: int, update) -> int:
+    """model.learn() of an off-policy algorithm; before each of its gradient steps `buffer` gets what its own got.
+
+    Each step of SB3's uses rows that `buffer` drew, and `update` takes the same rows after it, from the same random
+    state. Returns the number of gradient steps.
+    """
+    env, theirs, sb3_train, updates, ends = model.env, model.replay_buffer, model.train, [], np.zeros(2)
+
+    def train(gradient_steps, batch_size):
+        for age, (obs, next_obs, rewards, terminated, truncated) in zip(range(len(env.steps), 0, -1), env.steps):
+            actions = theirs.actions[(theirs.pos - age) % theirs.buffer_size]
+            actions = actions.squeeze(-1) if isinstance(env.action_space, Discrete) else actions
+            buffer.add(obs, actions, rewards, next_obs, terminated, truncated)
+            ends[:] += [terminated.sum(), truncated.sum()]
+        env.steps.clear()
+        for _ in range(gradient_steps):
+            rows = buffer.draw_rows(batch_size)
+            theirs.sample = functools.partial(
+                lambda rows, batch_size, env: theirs._get_samples(rows, env), rows.numpy()
+            )
+            state = torch.get_rng_state()
+            sb3_train(1, batch_size)
+            torch.set_rng_state(state)
+            update(rows)
+            updates.append(None)
+
+    model.train = train
+    model.learn(total_timesteps)
+    assert ends[1] > 0, "no episode was truncated"
+    assert ends[0] > 0 or not isinstance(env.action_space, Discrete), "no episode was terminated"
+    assert total_timesteps > buffer.capacity, "the buffer did not overflow"
+    return len(updates)
+
+
+def assert_parameters_agree(ours, theirs, tolerance: float, before: dict) -> float:
+    """The largest |ours − theirs| / |theirs| over the parameters, in norms; all have moved from `before`."""
+    worst = 0.0
+    for (name, x), y in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (x - before[name]).abs().max() > 1e-4, f"{name} did not move"
+        worst = max(worst, ((x - y).norm() / y.norm()).item())
+    assert worst < tolerance
+    return worst
+
+
+def copy_critics(theirs, ours):
+    """SB3's ContinuousCritic → CriticEnsemble; returns the latter."""
+    for i, network in enumerate(theirs.q_networks):
+        linears = [layer for layer in network if isinstance(layer, torch.nn.Linear)]
+        for layer, linear in zip(ours.layers, linears, strict=True):
+            layer.weight.data[i], layer.bias.data[i, 0] = linear.weight.data.T, linear.bias.data
+    return ours

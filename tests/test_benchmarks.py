@@ -36,6 +36,22 @@ COMMON = dict(
     env_id="Pendulum-v1",
     device="cpu",
 )
+OFF_POLICY = dict(
+    seed=7,
+    total_timesteps=2000,
+    num_envs=5,
+    buffer_size=1235,
+    learning_starts=77,
+    batch_size=41,
+    train_frequency=3,
+    gradient_steps=6,
+    learning_rate=0.0123,
+    gamma=0.91,
+    tau=0.23,
+    hidden_sizes=(24, 12),
+    env_id="MountainCarContinuous-v0",
+    device="cpu",
+)
 UNUSUAL = {
     "ppo": COMMON
     | dict(
@@ -66,6 +82,26 @@ UNUSUAL = {
         num_minibatches=5,
         critic_epochs=3,
     ),
+    "dqn": OFF_POLICY
+    | dict(
+        env_id="Acrobot-v1",
+        n_step=4,
+        double=False,
+        loss="huber",
+        max_grad_norm=0.77,
+        target_frequency=35,
+        exploration="epsilon",
+        exploration_start=0.9,
+        exploration_end=0.21,
+        exploration_fraction=0.43,
+    ),
+    "ddpg": OFF_POLICY | dict(noise="ou", exploration_noise=0.31),
+    "td3": OFF_POLICY
+    | dict(
+        noise="ou", exploration_noise=0.31, num_critics=3, policy_delay=5, target_noise=0.13, target_noise_clip=0.41
+    ),
+    "sac": OFF_POLICY
+    | dict(num_critics=3, critic_subset=3, policy_delay=1, alpha=0.37, autotune=False, target_entropy=-0.6),
 }
 """A value unlike the default for every hyperparameter."""
 SAME_FOR_SB3 = {
@@ -83,6 +119,8 @@ SAME_FOR_SB3 = {
 def sb3_model(algo, **changes):
     """SB3's model for the unusual flags."""
     args = importlib.import_module(algo).Args(**UNUSUAL[algo] | changes)
+    for name in ("normalize_observations", "normalize_rewards"):
+        setattr(args, name, getattr(args, name, False))
     return sb3.MODELS[algo](args, sb3.make_env(args, args.num_envs))
 
 
@@ -93,10 +131,10 @@ def test_every_hyperparameter_has_an_unusual_value(algo):
         "translate the new flag in sb3.py, test it here"
     )
     same = {name for name, value in UNUSUAL[algo].items() if value == getattr(defaults, name)}
-    assert same <= {"anneal_lr"}
+    assert same <= {"anneal_lr", "loss", "exploration", "policy_delay"}
 
 
-@pytest.mark.parametrize("algo", sb3.MODELS)
+@pytest.mark.parametrize("algo", ["ppo", "a2c", "trpo"])
 def test_what_all_have_in_common_is_translated_to_sb3(algo):
     model = sb3_model(algo)
     assert (model.seed, model.n_envs, model.n_steps, model.gamma, model.gae_lambda) == (7, 5, 20, 0.91, 0.82)
@@ -142,6 +180,64 @@ def test_trpos_hyperparameters_are_translated_to_sb3():
     )
     assert (model.line_search_max_iter, model.line_search_shrinking_factor) == (6, 0.57)
     assert (model.batch_size, model.n_critic_updates, model.lr_schedule(0.5)) == (20, 3, 0.0123)
+
+
+@pytest.mark.parametrize("algo", ["dqn", "ddpg", "td3", "sac"])
+def test_what_off_policy_algorithms_have_in_common_is_translated_to_sb3(algo):
+    model = sb3_model(algo)
+    assert (model.seed, model.n_envs, model.learning_starts, model.batch_size, model.gamma) == (7, 5, 77, 41, 0.91)
+    assert (model.buffer_size, model.replay_buffer.buffer_size) == (1235, 247)
+    assert (model.train_freq.frequency, model.train_freq.unit.value, model.gradient_steps) == (3, "step", 6)
+    assert (model.lr_schedule(0.5), model.tau) == (0.0123, 0.23)
+    observations = model.observation_space.shape[0]
+    layers = [x for x in model.policy.modules() if isinstance(x, torch.nn.Linear)]
+    assert [tuple(x.weight.shape) for x in layers[:2]] == [(24, observations), (12, 24)]
+    assert model.policy.optimizer_class is torch.optim.Adam and not model.policy.optimizer_kwargs
+
+
+def test_dqns_hyperparameters_are_translated_to_sb3():
+    model = sb3_model("dqn")
+    assert (model.n_steps, model.max_grad_norm, model.target_update_interval) == (4, 0.77, 35)
+    assert model.replay_buffer.n_steps == 4
+    assert (model.exploration_initial_eps, model.exploration_final_eps, model.exploration_fraction) == (0.9, 0.21, 0.43)
+
+
+@pytest.mark.parametrize("algo", ["ddpg", "td3"])
+def test_exploration_noise_is_translated_to_sb3(algo):
+    """Both draw the same process: deviation and correlation of many steps agree."""
+    for noise, correlation in (("gaussian", 0.0), ("ou", 0.85)):
+        action_noise = sb3_model(algo, noise=noise).action_noise
+        np.random.seed(0)
+        x = np.array([action_noise() for _ in range(20_000)]).flatten()
+        assert x.std() == pytest.approx(0.31 / (1 - correlation**2) ** 0.5, rel=0.1)
+        assert np.corrcoef(x[:-1], x[1:])[0, 1] == pytest.approx(correlation, abs=0.05)
+
+
+def test_td3s_hyperparameters_are_translated_to_sb3():
+    model = sb3_model("td3")
+    assert (model.policy_delay, model.target_policy_noise, model.target_noise_clip) == (5, 0.13, 0.41)
+    assert len(model.critic.q_networks) == 3
+
+
+def test_sacs_hyperparameters_are_translated_to_sb3():
+    model = sb3_model("sac")
+    assert (model.ent_coef, model.target_entropy, len(model.critic.q_networks)) == (0.37, -0.6, 3)
+    tuned = sb3_model("sac", autotune=True, target_entropy=None)
+    assert tuned.log_ent_coef.exp().item() == pytest.approx(0.37) and tuned.target_entropy == -1
+
+
+@pytest.mark.parametrize(
+    "algo, changes, names",
+    [
+        ("dqn", dict(exploration="boltzmann"), "--exploration boltzmann"),
+        ("dqn", dict(loss="squared"), "--loss squared"),
+        ("sac", dict(critic_subset=2), "--critic-subset 2"),
+        ("sac", dict(policy_delay=20), "--policy-delay 20"),
+    ],
+)
+def test_what_sb3_does_not_have_is_refused(algo, changes, names):
+    with pytest.raises(SystemExit, match=names):
+        sb3_model(algo, **changes)
 
 
 def test_both_networks_start_from_the_same_distribution():

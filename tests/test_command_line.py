@@ -62,6 +62,33 @@ def rebuild_policy(module, args, observation_space, action_space, checkpoint):
     return policy
 
 
+def rebuild_q_network(module, args, observation_space, action_space, checkpoint):
+    network = module.QNetwork(observation_space, action_space, args.hidden_sizes)
+    network.load_state_dict(checkpoint["network"])
+    return network
+
+
+def rebuild_actor_critics(name):
+    def rebuild(module, args, observation_space, action_space, checkpoint):
+        critics = [args.num_critics] if hasattr(args, "num_critics") else []
+        agent = getattr(module, name)(observation_space, action_space, args.hidden_sizes, *critics)
+        agent.load_state_dict(checkpoint["agent"])
+        return agent
+
+    return rebuild
+
+
+CONTINUOUS_Q = (
+    "--total-timesteps 1600 --num-envs 2 --learning-starts 100 --buffer-size 200 --batch-size 16 --train-frequency 8"
+    " --hidden-sizes 8 --eval-episodes 2"
+)
+CONTINUOUS_Q_REFUSALS = (
+    ("--env-id CartPole-v1", "Use dqn.py"),
+    ("--env-id OneStateUnbounded-v0", "unbounded"),
+    ("--buffer-size 1", "--buffer-size"),
+    ("--gradient-steps 0", "--gradient-steps"),
+)
+
 TINY = {
     "ppo": Tiny(
         flags="--total-timesteps 512 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2"
@@ -153,6 +180,54 @@ TINY = {
             ("--groups 3", "--groups"),
             ("--num-minibatches 5", "--num-minibatches"),
             ("--reference-every 0", "--reference-every"),
+        ),
+    ),
+    "dqn": Tiny(
+        flags="--total-timesteps 512 --num-envs 2 --learning-starts 100 --buffer-size 200 --batch-size 16"
+        " --train-frequency 4 --gradient-steps 1 --exploration-end 0.9 --hidden-sizes 8 --eval-episodes 2",
+        rebuild=rebuild_q_network,
+        values="losses/q_values",
+        explode=(("--learning-rate inf", "not finite"),),
+        refusals=(
+            ("--env-id Pendulum-v1", "Use ddpg.py, td3.py or sac.py"),
+            ("--buffer-size 1", "--buffer-size"),
+            ("--buffer-size 1_000_000_000_000", "bytes"),
+            ("--n-step 0", "--n-step"),
+            ("--train-frequency 0", "--train-frequency"),
+        ),
+    ),
+    "ddpg": Tiny(
+        flags=f"{CONTINUOUS_Q} --noise ou",
+        rebuild=rebuild_actor_critics("DeterministicActorCritic"),
+        env_id="Pendulum-v1",
+        one_state="OneStateBox-v0",
+        values="losses/q_values",
+        boxes="--learning-rate 0.1",
+        explode=(("--learning-rate inf", "not finite"),),
+        refusals=CONTINUOUS_Q_REFUSALS,
+    ),
+    "td3": Tiny(
+        flags=CONTINUOUS_Q,
+        rebuild=rebuild_actor_critics("DeterministicActorCritics"),
+        env_id="Pendulum-v1",
+        one_state="OneStateBox-v0",
+        values="losses/q_values",
+        boxes="--learning-rate 0.1",
+        explode=(("--learning-rate inf", "not finite"),),
+        refusals=(*CONTINUOUS_Q_REFUSALS, ("--num-critics 0", "--num-critics"), ("--policy-delay 0", "--policy-delay")),
+    ),
+    "sac": Tiny(
+        flags=CONTINUOUS_Q,
+        rebuild=rebuild_actor_critics("SoftActorCritics"),
+        env_id="Pendulum-v1",
+        one_state="OneStateBox-v0",
+        values="losses/q_values",
+        boxes="--learning-rate 0.1",
+        explode=(("--learning-rate inf", "not finite"),),
+        refusals=(
+            *CONTINUOUS_Q_REFUSALS,
+            ("--critic-subset 3", "--critic-subset"),
+            ("--alpha 0", "--alpha"),
         ),
     ),
 }
@@ -430,7 +505,7 @@ def test_policy_pt2_alone_acts_like_the_checkpoints_network(algo, alone, request
         args = module_of(algo).Args(**json.loads((run_dir / "args.json").read_text())["args"])
         env = gym.make(args.env_id)
         policy = TINY[algo].rebuild(module_of(algo), args, env.observation_space, env.action_space, load(run_dir))
-        batches = [3 * torch.randn(n, *env.observation_space.shape) for n in (1, 7, 100)]
+        batches = [30 * torch.randn(n, *env.observation_space.shape) for n in (1, 7, 100)]
         torch.save(batches, run_dir / "observations.pt")
         policies.append((run_dir, batches, policy, env.action_space))
     try:
@@ -554,8 +629,9 @@ def assert_checkpoint_is_finite():
         assert value.isfinite().all() or name.endswith("/lr"), name
 
 
-@pytest.mark.parametrize("env_id", ["BadReward-v0", "BadObservation-v0"])
-def test_stops_where_the_environment_is_not_finite_and_keeps_the_last_checkpoint(algo, env_id, capsys):
+@pytest.mark.parametrize("bad", ["BadReward", "BadObservation"])
+def test_stops_where_the_environment_is_not_finite_and_keeps_the_last_checkpoint(algo, bad, capsys):
+    env_id = TINY[algo].one_state.replace("OneState", bad)
     extra = f"--env-id {env_id} --total-timesteps 5000 --checkpoint-every 100"
     assert_fails(algo, capsys, extra, "reward or observation", code=1)
     assert_checkpoint_is_finite()
@@ -652,10 +728,11 @@ def test_resume_restores_every_bit(algo, finished, alone):
 
 
 def test_resume_with_more_steps_goes_on_to_them(algo, finished, alone):
-    assert resume(algo, finished, "--total-timesteps 1024") == finished
+    total = 2 * module_of(algo).parse_args(flags_of(algo)).total_timesteps
+    assert resume(algo, finished, f"--total-timesteps {total}") == finished
     step = load(alone.dir)["step"]
-    assert load(finished)["step"] >= 1024
-    assert json.loads((finished / "args.json").read_text())["args"]["total_timesteps"] == 1024
+    assert load(finished)["step"] >= total
+    assert json.loads((finished / "args.json").read_text())["args"]["total_timesteps"] == total
     old, new = episodes(alone.dir), episodes(finished)
     assert (new[: len(old)] == old).all() and 0 < new[len(old) :, 1].sum() <= load(finished)["step"] - step
     assert (np.diff(new[:, 2]) >= 0).all(), "time stood still or ran backwards at the resume"
@@ -743,7 +820,7 @@ def torchrun(script, *args) -> str:
 
 
 def test_two_processes_train_as_one_run(algo):
-    out = torchrun(SCRIPTS[algo], *flags_of(algo, f"--env-id conftest:{TINY[algo].one_state}"))
+    out = torchrun(SCRIPTS[algo], *flags_of(algo, f"--env-id conftest:{TINY[algo].one_state} --total-timesteps 512"))
     (run_dir,) = Path("runs").iterdir()
     assert out.splitlines()[-1] == f"run directory: {run_dir}" and out.count("evaluation: ") == 1
     state = load(run_dir)

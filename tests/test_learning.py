@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import a2c
+import ddpg
+import dqn
 import kfac
 import numpy as np
 import ppo
 import pytest
+import sac
+import td3
 import trpo
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,6 +22,18 @@ ONE_STATE = {
     " --no-anneal-step-size".split(),
 }
 """Flags with which the critic learns the value of one state within seconds."""
+
+Q_ONE_STATE = "--total-timesteps 6000 --learning-starts 100 --batch-size 16 --train-frequency 4 --gradient-steps 2"
+Q_ONE_STATE += " --hidden-sizes 16 --learning-rate 0.01 --eval-episodes 1"
+Q_ONE_STATE = {
+    dqn: f"{Q_ONE_STATE} --tau 0.5 --target-frequency 4 --gamma 0.99".split(),
+    ddpg: f"{Q_ONE_STATE} --tau 0.5 --gamma 0.99".split(),
+    td3: f"{Q_ONE_STATE} --tau 0.5 --gamma 0.99".split(),
+    sac: f"{Q_ONE_STATE} --tau 0.5 --gamma 0.99 --no-autotune --alpha 0.1".split(),
+}
+"""The same for the Q-function methods."""
+SOFT_VALUE = 0.1 * np.log(2) * 99
+"""What SAC's entropy adds to a value of 100: α times that of a uniform action in [−1, 1], from the next step on."""
 
 each_algo = pytest.mark.parametrize("algo", ONE_STATE, ids=lambda algo: algo.__name__)
 
@@ -49,6 +65,35 @@ def test_a_termination_is_not_bootstrapped(algo):
     result = train(algo, "--env-id", "OneStateTerminal-v0", *ONE_STATE[algo], *whole_episodes)
     truth = np.mean([(1 - 0.99**k) / 0.01 for k in range(1, 11)])
     assert last_scalar(result["run_dir"], "losses/values") == pytest.approx(truth, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    "algo, env_id",
+    [
+        (dqn, "OneState-v0"),
+        (dqn, "OneStateDiscrete-v0"),
+        (ddpg, "OneStateBox-v0"),
+        (td3, "OneStateBox-v0"),
+        (sac, "OneStateBox-v0"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
+)
+def test_a_time_limit_is_not_a_termination_to_q_functions(env_id, algo):
+    """As above; a critic that took the limit for an end would say 9.2."""
+    result = train(algo, "--env-id", env_id, *Q_ONE_STATE[algo])
+    expected = 100 + (SOFT_VALUE if algo is sac else 0)
+    assert last_scalar(result["run_dir"], "losses/q_values") == pytest.approx(expected, abs=5)
+    assert result["returns"] == [10]
+
+
+@pytest.mark.parametrize("algo", Q_ONE_STATE, ids=lambda algo: algo.__name__)
+def test_a_termination_is_not_bootstrapped_by_q_functions(algo):
+    """Every tenth step is terminal and all states look alike: Q = 1 + γ 9/10 Q, plus the entropy of SAC's policy."""
+    env_id = "OneStateTerminal-v0" if algo is dqn else "OneStateTerminalBox-v0"
+    squared = ["--loss", "squared"] if algo is dqn else []  # Huber's minimum is near the median, which is 100
+    result = train(algo, "--env-id", env_id, *Q_ONE_STATE[algo], "--batch-size", 64, *squared)
+    soft = 0.1 * np.log(2) * 0.99 * 0.9 if algo is sac else 0
+    assert last_scalar(result["run_dir"], "losses/q_values") == pytest.approx((1 + soft) / (1 - 0.99 * 0.9), abs=1)
 
 
 @each_algo

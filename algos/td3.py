@@ -1,0 +1,731 @@
+"""TD3: twin delayed deep deterministic policy gradient (Fujimoto et al. 2018, arXiv 1802.09477).
+
+Acts with a deterministic policy μ_φ and noise on top, keeps every transition in a replay buffer, and after every few
+steps takes gradient steps on minibatches from it, towards targets from copies φ⁻, θ⁻ that follow slowly,
+
+    ã   = clip(μ_φ⁻(s') + clip(ε, −c, c), −1, 1),   ε ~ N(0, σ̃²)           target policy smoothing
+    y   = r + γ min_i Q_θ⁻ᵢ(s', ã)                                         r alone if s' is terminal
+    L(θ) = Σ_i E[(Q_θᵢ(s, a) − y)²]
+    J(φ) = E[Q_θ₁(s, μ_φ(s))]                                               ascended once in d gradient steps
+    θ⁻ ← (1 − τ) θ⁻ + τ θ,   φ⁻ ← (1 − τ) φ⁻ + τ φ                          then, too
+
+Details that matter, and why:
+- The minimum over critics: a policy that climbs one critic finds its errors, and a minimum does not overestimate.
+- Smoothing: the critic must not have narrow peaks that the policy then sits on.
+- The policy moves less often than the critics, so that it follows values that have settled.
+- A time limit is not a termination: a truncated step bootstraps from its true final observation.
+- Actions are in [−1, 1] everywhere, noise and replay buffer included, and scaled to the space's bounds on their way
+  into the environment, so one noise level fits every space.
+- The critics are one network with an extra dimension: M of them cost one batched product per layer.
+
+Against Stable-Baselines3: the same update (parameters agree to 1e-5 after many updates, tests/test_td3.py). SB3 draws
+its Ornstein-Uhlenbeck noise in steps of dt = 0.01, here dt = 1, as in DDPG.
+
+    python algos/td3.py                                  # Pendulum-v1
+    python algos/td3.py --env-id HalfCheetah-v5 --seed 3 # everything measured is in benchmarks/README.md
+    python algos/td3.py --env-id Hopper-v5 --num-critics 5 --gradient-steps 2
+    python algos/td3.py --resume runs/Hopper-v5__td3__3__…
+    torchrun --nproc-per-node 2 algos/td3.py             # data parallel: each process has its own environments
+"""
+
+import argparse
+import copy
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from gymnasium.spaces import Box, Discrete
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # run
+    seed: int = 1
+    """seed of everything random; same seed, same machine and thread count: same bits on CPU"""
+    total_timesteps: int = 100_000
+    """environment steps, over all environments and processes"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where the networks and the replay buffer live; auto takes CUDA when there is one"""
+    torch_threads: int = 1
+    """CPU threads for PyTorch; two are faster than one for layers of 256, if there are cores to spare"""
+    compile: bool = False
+    """compile the update with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
+    output_dir: str = "runs"
+    """folder that run directories are made in"""
+    resume: str | None = None
+    """run directory to go on in, with its own arguments; only --total-timesteps may be changed"""
+    checkpoint_every: int = 50_000
+    """environment steps between checkpoints, which hold the replay buffer too"""
+    eval_episodes: int = 10
+    """episodes of the final evaluation, with the deterministic policy"""
+    capture_video: bool = False
+    """record episodes 0, 1, 8, 27, 64 … of the first environment to the run directory's videos/"""
+
+    # environment
+    env_id: str = "Pendulum-v1"
+    """gymnasium environment; its recommended settings, where there are some, become the defaults"""
+    num_envs: int = 1
+    """parallel environments N (per process)"""
+
+    # algorithm
+    buffer_size: int = 1_000_000
+    """transitions that the replay buffer holds (per process)"""
+    learning_starts: int = 10_000
+    """environment steps with random actions before the first update"""
+    batch_size: int = 256
+    """transitions per gradient step (per process)"""
+    train_frequency: int = 1
+    """steps of every environment between updates"""
+    gradient_steps: int = 1
+    """gradient steps per update"""
+    learning_rate: float = 1e-3
+    """Adam's step size, for policy and critics"""
+    gamma: float = 0.99
+    """discount γ"""
+    tau: float = 0.005
+    """share τ of the trained networks in an update of the target networks"""
+    num_critics: int = 2
+    """critics M, over which the target takes the minimum"""
+    policy_delay: int = 2
+    """gradient steps d of the critics per step of the policy and of the target networks"""
+    target_noise: float = 0.2
+    """deviation σ̃ of the noise on the target's actions"""
+    target_noise_clip: float = 0.5
+    """bound c on that noise"""
+    noise: Literal["gaussian", "ou"] = "gaussian"
+    """exploration noise: independent, or an Ornstein-Uhlenbeck process, which is correlated in time"""
+    exploration_noise: float = 0.1
+    """its deviation σ, where actions span [−1, 1]"""
+    hidden_sizes: tuple[int, ...] = (400, 300)
+    """ReLU layers of the policy and of each critic"""
+
+
+# fmt: off
+MUJOCO = dict(total_timesteps=1_000_000)
+RECOMMENDED = {
+    "Pendulum-v1": dict(total_timesteps=20_000, gamma=0.98, buffer_size=200_000, learning_starts=1_000),
+    "MountainCarContinuous-v0": dict(total_timesteps=300_000, noise="ou", exploration_noise=0.5, learning_starts=100),
+    "LunarLanderContinuous-v3": dict(total_timesteps=300_000, gamma=0.98, buffer_size=200_000),
+    **{f"{name}-v5": MUJOCO for name in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "InvertedPendulum")},
+    "Humanoid-v5": MUJOCO | dict(total_timesteps=2_000_000),
+    "Swimmer-v5": MUJOCO | dict(gamma=0.9999),
+}
+# fmt: on
+"""Settings by environment id: `--env-id` alone takes them, an explicit flag wins."""
+
+
+# Networks ---------------------------------------------------------------------------------------------------
+
+
+def relu_mlp(sizes: list[int]) -> nn.Sequential:
+    """ReLU layers of the given sizes, the last one linear; PyTorch's own initialisation."""
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def storage_dtype(space: gym.Space) -> torch.dtype:
+    """What a replay buffer keeps of a space: uint8 as it is, an index as int64, other numbers as float32."""
+    if isinstance(space, Discrete):
+        return torch.int64
+    return torch.uint8 if space.dtype == np.uint8 else torch.float32
+
+
+class EnsembleLinear(nn.Module):
+    """M linear layers side by side, each with its own weights, in one batched product: (M, B, in) → (M, B, out)."""
+
+    def __init__(self, members: int, inputs: int, outputs: int):
+        super().__init__()
+        bound = inputs**-0.5  # as nn.Linear
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, members: slice | Tensor) -> Tensor:
+        """Of the members asked for."""
+        return torch.baddbmm(self.bias[members], x, self.weight[members])
+
+
+class CriticEnsemble(nn.Module):
+    """Q_1 … Q_M(s, a): states (B, D) and actions (B, A) in [−1, 1] → values (M, B)."""
+
+    def __init__(self, members: int, inputs: int, hidden_sizes):
+        super().__init__()
+        sizes = itertools.pairwise([inputs, *hidden_sizes, 1])
+        self.layers = nn.ModuleList(EnsembleLinear(members, *inputs_outputs) for inputs_outputs in sizes)
+
+    def forward(self, states: Tensor, actions: Tensor, members: slice | Tensor = slice(None)) -> Tensor:
+        """Values of the members asked for, all by default."""
+        x = torch.cat([states, actions], -1)
+        x = x.expand(len(self.layers[0].bias[members]), *x.shape)
+        for layer in self.layers[:-1]:
+            x = layer(x, members).relu()
+        return self.layers[-1](x, members).squeeze(-1)
+
+
+class DeterministicActorCritics(nn.Module):
+    """Policy μ(s) in [−1, 1]^A and critics Q_i(s, a). `forward` is the policy, from observations to the environment.
+
+    Observations are (…, D) float32 or uint8 for a Box, (…,) int64 for a Discrete space, and states s (…, D) what
+    `encode` makes of them. Actions (…, A) are in [−1, 1], which `to_env` scales to the space's bounds.
+    """
+
+    def __init__(self, observation_space, action_space, hidden_sizes, num_critics):
+        super().__init__()
+        self.observation_space, self.action_space = observation_space, action_space
+        self.observation_dtype = storage_dtype(observation_space)
+        self.one_hot = isinstance(observation_space, Discrete)
+        inputs = int(observation_space.n) if self.one_hot else observation_space.shape[0]
+        self.action_size = action_space.shape[0]
+        self.actor = nn.Sequential(*relu_mlp([inputs, *hidden_sizes, self.action_size]), nn.Tanh())
+        self.critics = CriticEnsemble(num_critics, inputs + self.action_size, hidden_sizes)
+        self.register_buffer("low", torch.as_tensor(action_space.low))
+        self.register_buffer("high", torch.as_tensor(action_space.high))
+
+    def encode(self, obs: Tensor) -> Tensor:
+        """Observations → states: one-hot for a Discrete space."""
+        if self.one_hot:
+            obs = F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n))
+        return obs.float()
+
+    def to_env(self, actions: Tensor) -> Tensor:
+        """[−1, 1] → the space's bounds, linearly in each dimension."""
+        return (self.low + (actions + 1) / 2 * (self.high - self.low)).clamp(self.low, self.high)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """The policy's action."""
+        return self.to_env(self.actor(self.encode(obs)))
+
+
+# Replay -----------------------------------------------------------------------------------------------------
+
+
+class Transitions(NamedTuple):
+    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to."""
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    next_observations: Tensor
+    terminated: Tensor
+    truncated: Tensor
+
+
+class ReplayBuffer:
+    """The newest transitions of N environments, in tensors that are allocated once.
+
+    A step of all N environments takes N rows; the row that follows row i in time is i + N, modulo the capacity,
+    which is the largest multiple of N up to what was asked for.
+    """
+
+    def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
+        self.capacity, self.num_envs, self.position, self.size = capacity // num_envs * num_envs, num_envs, 0, 0
+        observation = observation_space.shape, storage_dtype(observation_space)
+        action = action_space.shape, storage_dtype(action_space)
+        flag = (), torch.bool
+        layout = Transitions(observation, action, ((), torch.float32), observation, flag, flag)
+        needed = sum(self.capacity * int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
+        if self.capacity == 0:
+            fail(f"--buffer-size {capacity} must be at least --num-envs {num_envs}")
+        if needed > (free := free_memory(device)):
+            fail(
+                f"--buffer-size {capacity} needs {needed:,} bytes, and {device} has {free:,} free: choose a smaller one"
+            )
+        self.data = Transitions(*(torch.zeros(self.capacity, *shape, dtype=x, device=device) for shape, x in layout))
+
+    def add(self, *transitions) -> None:
+        """One step of all environments: the fields of Transitions, each (N, …)."""
+        for stored, new in zip(self.data, transitions):
+            stored[self.position : self.position + self.num_envs] = torch.as_tensor(new)
+        self.position = (self.position + self.num_envs) % self.capacity
+        self.size = min(self.size + self.num_envs, self.capacity)
+
+    def draw_rows(self, batch_size: int) -> Tensor:
+        """Rows (B,) drawn uniformly, with replacement."""
+        return torch.randint(self.size, (batch_size,), device=self.data.rewards.device)
+
+    def get(self, rows: Tensor) -> Transitions:
+        """The transitions in rows (B,)."""
+        return Transitions(*(stored[rows] for stored in self.data))
+
+    def state_dict(self) -> dict:
+        """The rows in use, and where the next ones go."""
+        used = {name: stored[: self.size].clone() for name, stored in self.data._asdict().items()}
+        return used | {"position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes over what `state_dict` gave."""
+        for name, stored in self.data._asdict().items():
+            stored[: len(state[name])] = state[name]
+        self.position, self.size = state["position"], len(state["rewards"])
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on `device`; where no one says, all that the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# The maths --------------------------------------------------------------------------------------------------
+
+
+def ornstein_uhlenbeck(previous: Tensor, gaussian: Tensor, sigma: float, theta: float = 0.15) -> Tensor:
+    """x' = (1 − θ) x + σ ε: noise that is pulled back to 0 (arXiv 1509.02971, section 7); all of one shape."""
+    return (1 - theta) * previous + sigma * gaussian
+
+
+def smoothed_actions(actions: Tensor, noise: Tensor, clip: float) -> Tensor:
+    """The target policy's actions with noise of at most `clip`, within [−1, 1] (arXiv 1802.09477, eq. 14); (B, A)."""
+    return (actions + noise.clamp(-clip, clip)).clamp(-1, 1)
+
+
+def min_q_target(rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: float) -> Tensor:
+    """y = r + γ min_i Q_i(s', a'), shape (B,), and r where s' is terminal; next_q (M, B) (arXiv 1802.09477, eq. 10)."""
+    return rewards + gamma * next_q.min(0).values * ~terminated
+
+
+def td3_critic_loss(agent, target, batch: Transitions, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """The critics' loss L(θ) on a minibatch, and their mean value of its actions; noise ε (B, A)."""
+    with torch.no_grad():
+        next_states = agent.encode(batch.next_observations)
+        next_actions = smoothed_actions(target.actor(next_states), noise, args.target_noise_clip)
+        next_q = target.critics(next_states, next_actions)
+        targets = min_q_target(batch.rewards, batch.terminated, next_q, args.gamma)
+    q_values = agent.critics(agent.encode(batch.observations), batch.actions)
+    return (q_values - targets).square().mean(1).sum(), q_values.mean()
+
+
+def td3_actor_loss(agent, states: Tensor) -> Tensor:
+    """−J(φ) on states (B, D), judged by the first critic alone."""
+    return -agent.critics(states, agent.actor(states), members=slice(1)).mean()
+
+
+def td3_critic_update(agent, target, optimizer, batch: Transitions, args: Args) -> Tensor:
+    """One gradient step of the critics on a minibatch. Returns their loss and mean value (2,) before it."""
+    noise = torch.randn_like(batch.actions) * args.target_noise
+    loss, q_values = td3_critic_loss(agent, target, batch, noise, args)
+    gradient_step(agent.critics, optimizer, loss)
+    return torch.stack([loss, q_values]).detach()
+
+
+def td3_actor_update(agent, target, optimizer, batch: Transitions, args: Args) -> Tensor:
+    """One gradient step of the policy; then the target networks follow. Returns the policy's loss before it."""
+    loss = td3_actor_loss(agent, agent.encode(batch.observations))
+    gradient_step(agent.actor, optimizer, loss)
+    polyak_update(target, agent, args.tau)
+    return loss.detach()
+
+
+def gradient_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of the optimiser, on the gradient's mean over the processes."""
+    parameters = list(module.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    if dist.is_initialized():
+        gradients = average_all(gradients)
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+@torch.no_grad()
+def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter."""
+    for old, new in zip(target.parameters(), online.parameters()):
+        old.lerp_(new, tau)
+
+
+# Training ---------------------------------------------------------------------------------------------------
+
+LOG_EVERY = 1_000
+"""Environment steps between two points of losses/*, which are means over the updates since the last one."""
+
+
+def train(args: Args) -> dict:
+    """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
+    rank, world_size, device = set_up(args)
+    spaces = check_spaces(args, (Box,), "Use dqn.py.")
+    check_bounds(args, spaces[1])
+    agent = DeterministicActorCritics(*spaces, args.hidden_sizes, args.num_critics).to(device)
+    target = copy.deepcopy(agent).requires_grad_(False)
+    actor_optimizer, critic_optimizer = (
+        torch.optim.Adam(x.parameters(), args.learning_rate, fused=not args.compile, capturable=args.compile)
+        for x in (agent.actor, agent.critics)
+    )
+    update_critics, update_actor = (
+        compiled(update, device) if args.compile else update for update in (td3_critic_update, td3_actor_update)
+    )
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
+    counter = nn.Module()
+    counter.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+    modules = {"agent": agent, "target": target, "buffer": buffer, "counter": counter}
+    run = Run(args, rank, modules | {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer})
+    envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
+
+    obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
+    noise = torch.zeros(args.num_envs, agent.action_size, device=device)
+    noise_theta = 0.15 if args.noise == "ou" else 1.0
+    critic_metrics, actor_losses = [], []
+    logged_step = run.step
+    while run.step < args.total_timesteps and not run.interrupted():
+        # Collect a few steps from every environment.
+        for _ in range(args.train_frequency):
+            if run.step < args.learning_starts:
+                actions = 2 * torch.rand_like(noise) - 1
+            else:
+                noise = ornstein_uhlenbeck(noise, torch.randn_like(noise), args.exploration_noise, noise_theta)
+                with torch.no_grad():
+                    states = agent.encode(torch.as_tensor(obs, dtype=agent.observation_dtype, device=device))
+                    actions = (agent.actor(states) + noise).clamp(-1, 1)
+            acted_on = obs
+            obs, next_obs, rewards, terminated, truncated, infos = step_envs(envs, agent.to_env(actions))
+            buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated)
+            noise[terminated | truncated] = 0
+            run.step += args.num_envs * world_size
+            run.log_episodes(infos)
+
+        # Update on minibatches of everything in the buffer.
+        if run.step > args.learning_starts:
+            for _ in range(args.gradient_steps):
+                batch = buffer.get(buffer.draw_rows(args.batch_size))
+                critic_metrics.append(update_critics(agent, target, critic_optimizer, batch, args))
+                counter.updates += 1
+                if counter.updates % args.policy_delay == 0:
+                    actor_losses.append(update_actor(agent, target, actor_optimizer, batch, args))
+
+        # Log.
+        if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
+            losses = {}
+            if actor_losses:
+                critic_loss, q_values = average(torch.stack(critic_metrics).mean(0)).tolist()
+                actor_loss = average(torch.stack(actor_losses).mean(0)).item()
+                losses = {"critic_loss": critic_loss, "q_values": q_values, "actor_loss": actor_loss}
+            run.log(losses)
+            critic_metrics, actor_losses, logged_step = [], [], run.step
+        if run.step - run.saved_step >= args.checkpoint_every:
+            run.checkpoint()
+
+    envs.close()
+    return run.finish(agent)
+
+
+# Plumbing: the same in every file ---------------------------------------------------------------------------
+
+ALGO = Path(__file__).stem
+FLATTEN = "Flatten it with gymnasium.wrappers.FlattenObservation"
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Stops with one line on stderr; exit code 2 where the request was wrong, 1 where the run went wrong."""
+    tqdm.write(f"{ALGO}.py: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
+    raise SystemExit(code)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--env-id", "--env_id", default=Args.env_id)
+    early.add_argument("--resume")
+    known, _ = early.parse_known_args(argv)
+    defaults = Args(**{"env_id": known.env_id, **RECOMMENDED.get(known.env_id, {})})
+    if known.resume:
+        try:
+            saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
+            saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+            defaults = Args(**saved)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            fail(f"--resume {known.resume}: not the directory of a run of {ALGO}.py ({error})")
+    table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
+    description = f"{__doc__.splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
+    args = tyro.cli(Args, default=defaults, args=argv, description=description)
+    if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
+        fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
+    return args
+
+
+def set_up(args: Args) -> tuple[int, int, torch.device]:
+    """Seeds, threads, device; meets the other processes under torchrun. Returns (rank, world size, device)."""
+    for name, value in asdict(args).items():
+        if type(value) is int and value < 1 and name != "seed":
+            fail(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if not 0 <= args.seed < 2**32:
+        fail(f"--seed {args.seed} must be from 0 to 2³² − 1")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if kind != "cpu" and not getattr(torch, kind).is_available():
+        fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+    rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
+    torch.set_num_threads(args.torch_threads)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+
+
+def average(x: Tensor) -> Tensor:
+    """Mean over the processes of torchrun; x itself where there is only one."""
+    if not dist.is_initialized():
+        return x
+    total = x.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def average_all(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The mean of each over the processes of torchrun, in one message."""
+    flat = average(torch.cat([x.flatten() for x in tensors]))
+    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """torch.compile of forward, backward and optimiser in one; on CUDA replayed as CUDA graphs."""
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
+        torch._dynamo.config.trace_autograd_ops = True
+    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+def make_env(args: Args, **kwargs) -> gym.Env:
+    """gymnasium.make, or one line why not."""
+    try:
+        return gym.make(args.env_id, **kwargs)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
+
+
+def check_spaces(args: Args, action_spaces: tuple[type, ...], hint: str = "") -> tuple[gym.Space, gym.Space]:
+    """The environment's observation and action space; refuses what the networks cannot take."""
+    env = make_env(args)
+    env.close()
+    if args.capture_video and "rgb_array" not in env.metadata["render_modes"]:
+        fail(f"--capture-video: {args.env_id} cannot render to images")
+    observation = ("observation", env.observation_space, (Discrete, Box), FLATTEN)
+    for kind, space, allowed, way_out in (observation, ("action", env.action_space, action_spaces, hint)):
+        if not isinstance(space, allowed) or (isinstance(space, Box) and len(space.shape) != 1):
+            names = " or ".join("a one-dimensional Box" if x is Box else x.__name__ for x in allowed)
+            message = f"{args.env_id} has the {kind} space {space}; {ALGO} needs {names}. {way_out}"
+            fail(" ".join(message.split()))
+    return env.observation_space, env.action_space
+
+
+def check_bounds(args: Args, action_space: Box) -> None:
+    """Refuses actions without bounds, which nothing in [−1, 1] can be scaled to."""
+    if not action_space.is_bounded("both"):
+        fail(f"{args.env_id} has the unbounded action space {action_space}; {ALGO} needs finite bounds. Use ppo.py.")
+
+
+def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
+    """Environments that reset within the step that ends an episode: no step is spent on a reset."""
+
+    def make(index: int) -> gym.Env:
+        if video_dir is None or index > 0:
+            return make_env(args)
+        return gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), str(video_dir))
+
+    envs = [lambda index=index: make(index) for index in range(num_envs)]
+    envs = gym.vector.SyncVectorEnv(envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
+
+
+def step_envs(envs: gym.vector.VectorEnv, actions: Tensor) -> tuple:
+    """(observation to act on, observation reached, rewards, terminated, truncated, infos).
+
+    The two observations differ where an episode ended: it reached its final one, and the next one has begun.
+    """
+    obs, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
+    reached = obs
+    if "final_obs" in infos:
+        reached = obs.copy()
+        for i in np.flatnonzero(infos["_final_obs"]):
+            reached[i] = infos["final_obs"][i]
+    if not (np.isfinite(rewards).all() and np.isfinite(reached).all()):
+        fail("the environment gave a reward or observation that is not finite; the last checkpoint stays", code=1)
+    return obs, reached, rewards, terminated, truncated, infos
+
+
+class Run:
+    """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
+
+    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and the random state.
+    Under torchrun only rank 0 writes.
+    """
+
+    def __init__(self, args: Args, rank: int, modules: dict):
+        self.args, self.rank, self.modules, self.signals, self.stopped = args, rank, modules, [], False
+        self.step, self.saved_step, self.seconds, self.monitor_size = 0, 0, 0.0, 0
+        self.dir = Path(args.resume) if args.resume else None
+        if args.resume:
+            self.restore()
+        elif rank == 0:
+            self.dir = self.new_dir()
+        self.start_step, self.start_time = self.step, time.time() - self.seconds
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        if rank > 0:
+            torch.manual_seed(args.seed + self.step + rank)
+            return
+        about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
+        about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
+        about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        (self.dir / "args.tmp").write_text(json.dumps(about, indent=2) + "\n")
+        os.replace(self.dir / "args.tmp", self.dir / "args.json")
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
+        self.monitor = open(self.dir / "monitor.csv", "a", buffering=1)
+        self.monitor.truncate(self.monitor_size)  # episodes after the checkpoint will be lived through again
+        if self.monitor_size == 0:
+            header = {"t_start": self.start_time, "env_id": args.env_id}
+            self.monitor.write(f"#{json.dumps(header)}\nr,l,t\n")
+            self.checkpoint()
+        self.recent_returns = deque(maxlen=100)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
+
+    def new_dir(self) -> Path:
+        """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
+        name = f"{self.args.env_id.replace('/', '-')}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        for n in itertools.count():
+            path = Path(self.args.output_dir) / (f"{name}_{n}" if n else name)
+            try:
+                path.mkdir(parents=True)
+                return path
+            except FileExistsError:
+                pass
+            except OSError as error:
+                fail(f"--output-dir {self.args.output_dir}: {error}")
+
+    def on_signal(self, number: int, frame) -> None:
+        """Ctrl-C and SIGTERM let the iteration in progress end; a second one stops at once."""
+        self.signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def interrupted(self) -> bool:
+        """Whether this process, or another one under torchrun, was asked to stop."""
+        self.stopped = average(torch.tensor(float(len(self.signals)))).item() > 0
+        return self.stopped
+
+    def checkpoint(self) -> None:
+        """Writes checkpoint.pt under another name and renames it: whenever the process dies, a whole one is there."""
+        if self.rank > 0:
+            return
+        weights = [x for module in self.modules.values() if isinstance(module, nn.Module) for x in module.parameters()]
+        if not all(x.isfinite().all() for x in weights):
+            fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {"step": self.step, "seconds": time.time() - self.start_time}
+        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
+        state["rng"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        torch.save(state, self.dir / "checkpoint.tmp")
+        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        self.saved_step = self.step
+
+    def restore(self) -> None:
+        """Loads checkpoint.pt into the modules, the counters and the random state."""
+        try:
+            state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+            for name, module in self.modules.items():
+                module.load_state_dict(state[name])
+            self.step = self.saved_step = state["step"]
+            self.seconds, self.monitor_size = state["seconds"], state["monitor_size"]
+            torch.set_rng_state(state["rng"]["torch"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this run
+            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+            fail(f"--resume {self.dir}: checkpoint.pt cannot be used ({reason})")
+
+    def log_episodes(self, infos: dict) -> None:
+        """Writes the episodes that ended in this step to monitor.csv and TensorBoard."""
+        if self.rank > 0 or "episode" not in infos:
+            return
+        for i in np.flatnonzero(infos["_episode"]):
+            episode_return, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
+            self.monitor.write(f"{episode_return:.6f},{length},{time.time() - self.start_time:.6f}\n")
+            self.writer.add_scalar("charts/episodic_return", episode_return, self.step)
+            self.writer.add_scalar("charts/episodic_length", length, self.step)
+            self.recent_returns.append(episode_return)
+
+    def log(self, losses: dict[str, float], **charts: float) -> None:
+        """Writes losses/* and charts/* to TensorBoard and moves the progress bar; stops where a loss is not finite."""
+        bad = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
+        if bad:
+            fail(f"{bad} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
+        if self.rank > 0:
+            return
+        charts["SPS"] = (self.step - self.start_step) / (time.time() - self.start_time - self.seconds)
+        for group, values in (("losses", losses), ("charts", charts)):
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, self.step)
+        if self.recent_returns:
+            self.bar.set_postfix({"return": f"{np.mean(self.recent_returns):.1f}"}, refresh=False)
+        self.bar.update(self.step - self.bar.n)
+
+    def finish(self, policy: nn.Module) -> dict:
+        """Last checkpoint; then, unless the run was interrupted, policy.pt2, the evaluation and the last two lines."""
+        self.checkpoint()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if self.rank > 0:
+            return {}
+        self.bar.close()
+        self.monitor.close()
+        if self.stopped:
+            print(f"stopped at step {self.step}; to go on: --resume {self.dir}", file=sys.stderr)
+            raise SystemExit(130)
+        export_policy(policy, self.dir / "policy.pt2")
+        returns = evaluate(policy, self.args)
+        self.writer.add_scalar("eval/episodic_return", returns.mean(), self.step)
+        self.writer.close()
+        print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+        print(f"run directory: {self.dir}")
+        return {"run_dir": self.dir, "returns": returns}
+
+
+@torch.no_grad()
+def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
+    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment."""
+    envs = make_envs(args, args.eval_episodes)
+    obs, _ = envs.reset(seed=args.seed + 1_000_000)
+    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
+    device = next(policy.parameters()).device
+    while running.any():
+        actions = policy(torch.as_tensor(obs, dtype=policy.observation_dtype, device=device))
+        obs, _, rewards, terminated, truncated, _ = step_envs(envs, actions)
+        returns += rewards * running
+        running &= ~(terminated | truncated)
+    envs.close()
+    return returns
+
+
+def export_policy(policy: nn.Module, path: Path) -> None:
+    """Saves the deterministic policy alone, for the CPU: `torch.export.load(path).module()(obs)`, any batch size."""
+    policy = copy.deepcopy(policy).cpu()
+    example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
+    program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, path)
+
+
+if __name__ == "__main__":
+    train(parse_args())

@@ -1,0 +1,77 @@
+"""The maths of algos/ddpg.py against definitions and Stable-Baselines3."""
+
+import copy
+
+import ddpg
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+from parity import assert_parameters_agree, follow_replay, recorded_envs
+from stable_baselines3 import DDPG
+from test_replay import CPU
+
+
+def make_agent(seed):
+    torch.manual_seed(seed)
+    return ddpg.DeterministicActorCritic(Box(-1, 1, (3,)), Box(-1, 1, (2,)), (16, 16))
+
+
+def make_batch(size=32):
+    return ddpg.Transitions(
+        observations=torch.randn(size, 3),
+        actions=torch.rand(size, 2) * 2 - 1,
+        rewards=torch.randn(size),
+        next_observations=torch.randn(size, 3),
+        terminated=torch.rand(size) < 0.3,
+        truncated=torch.rand(size) < 0.3,
+    )
+
+
+def test_losses_against_the_definition():
+    agent, target, batch = make_agent(0), make_agent(1), make_batch()
+    loss, q_values = ddpg.ddpg_critic_loss(agent, target, batch, ddpg.Args(gamma=0.9))
+    errors, values = [], []
+    for s, a, r, s_next, terminated, _ in zip(*batch):
+        y = r + (0 if terminated else 0.9 * target.critic(torch.cat([s_next, target.actor(s_next)])).item())
+        values.append(agent.critic(torch.cat([s, a])).item())
+        errors.append((values[-1] - y) ** 2)
+    assert loss.item() == pytest.approx(np.mean(errors), rel=1e-4)
+    assert q_values.item() == pytest.approx(np.mean(values), abs=1e-5)
+
+
+def test_the_policys_gradient_is_that_of_the_theorem():
+    """∇J = E[∇_a Q(s, a) ∇_φ μ_φ(s)] at a = μ_φ(s) (deterministic policy gradient, arXiv 1509.02971, eq. 6)."""
+    agent, states = make_agent(0), torch.randn(32, 3)
+    ours = torch.autograd.grad(ddpg.ddpg_actor_loss(agent, states), list(agent.actor.parameters()))
+    actions = agent.actor(states).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(agent.q_value(states, actions).sum(), actions)
+    theorem = torch.autograd.grad((agent.actor(states) * slope).sum(1).mean(), list(agent.actor.parameters()))
+    torch.testing.assert_close(ours, tuple(-x for x in theorem))
+
+
+def test_updates_agree_with_sb3(record_property):
+    """SB3's own learn() and train(), over the same data with the same minibatches."""
+    env = recorded_envs("Pendulum-v1", 1)
+    settings = dict(learning_rate=1e-3, batch_size=32, gamma=0.97, tau=0.05)
+    options = dict(buffer_size=300, learning_starts=200, policy_kwargs=dict(net_arch=[16, 16]), seed=0, device="cpu")
+    model = DDPG("MlpPolicy", env, **settings, **options)
+    agent = ddpg.DeterministicActorCritic(env.observation_space, env.action_space, (16, 16))
+    pairs = (agent.actor, model.actor), (agent.critic, model.critic)
+    for ours, theirs in pairs:
+        for x, y in zip(ours.parameters(), theirs.parameters(), strict=True):
+            x.data.copy_(y.data)
+    target, start = (copy.deepcopy(agent).requires_grad_(False) for _ in range(2))
+    optimizers = [torch.optim.Adam(x.parameters(), 1e-3, fused=True) for x in (agent.actor, agent.critic)]
+    buffer = ddpg.ReplayBuffer(300, 1, env.observation_space, env.action_space, CPU)
+
+    def update(rows):
+        ddpg.ddpg_update(agent, target, *optimizers, buffer.get(rows), ddpg.Args(**settings))
+
+    assert follow_replay(model, buffer, 400, update) == 200
+    worst = 0.0
+    for ours, actor, critic in ((agent, model.actor, model.critic), (target, model.actor_target, model.critic_target)):
+        worst = max(worst, assert_parameters_agree(ours.actor, actor, 1e-5, start.actor.state_dict()))
+        worst = max(worst, assert_parameters_agree(ours.critic, critic, 1e-5, start.critic.state_dict()))
+    record_property("largest difference", worst)
+    print(f"ddpg: largest difference {worst:.1e} after 200 updates")
