@@ -17,16 +17,17 @@ Details that matter, and why:
 - Actions are in [−1, 1] everywhere, noise and replay buffer included, and scaled to the space's bounds on their way
   into the environment, so one noise level fits every space.
 
-Against the paper: the action enters the critic at its first layer, and there is no batch normalisation, no weight
-decay and one learning rate, as in most later work. Against Stable-Baselines3: the same update (parameters agree to
-1e-5 after many updates, tests/test_ddpg.py). SB3 draws its Ornstein-Uhlenbeck noise in steps of dt = 0.01, here
-dt = 1, as in the paper.
+Against the paper, as in most later work: the action enters the critic at its first layer; no batch normalisation, no
+weight decay, one learning rate, PyTorch's initialisation; Gaussian noise by default, and random actions first.
+Against Stable-Baselines3: the same update (parameters agree to 1e-5 after many updates, tests/test_ddpg.py). SB3 draws
+its Ornstein-Uhlenbeck noise in steps of dt = 0.01 unless told otherwise, here dt = 1; the paper names none.
 
     python algos/ddpg.py                                   # Pendulum-v1
     python algos/ddpg.py --noise ou --exploration-noise 0.2
     python algos/ddpg.py --env-id HalfCheetah-v5 --seed 3  # everything measured is in benchmarks/README.md
     python algos/ddpg.py --resume runs/HalfCheetah-v5__ddpg__3__…
-    torchrun --nproc-per-node 2 algos/ddpg.py              # data parallel: each process has its own environments
+    torchrun --nproc-per-node 2 algos/ddpg.py  # data parallel: each process has its own environments and
+                                              # buffer, but after --resume all begin with rank 0's
 """
 
 import argparse
@@ -98,7 +99,7 @@ class Args:
     train_frequency: int = 1
     """steps of every environment between updates"""
     gradient_steps: int = 1
-    """gradient steps per update"""
+    """gradient steps per update, whatever the number of environments"""
     learning_rate: float = 1e-3
     """Adam's step size, for policy and critic"""
     gamma: float = 0.99
@@ -108,7 +109,7 @@ class Args:
     noise: Literal["gaussian", "ou"] = "gaussian"
     """exploration noise: independent, or an Ornstein-Uhlenbeck process, which is correlated in time"""
     exploration_noise: float = 0.1
-    """its deviation σ, where actions span [−1, 1]"""
+    """σ of that noise, where actions span [−1, 1]; an Ornstein-Uhlenbeck process comes to deviate by 1.9 σ"""
     hidden_sizes: tuple[int, ...] = (400, 300)
     """ReLU layers of the policy and of the critic"""
 
@@ -116,8 +117,7 @@ class Args:
 # fmt: off
 MUJOCO = dict(total_timesteps=1_000_000)
 RECOMMENDED = {
-    "Pendulum-v1": dict(total_timesteps=20_000, gamma=0.98, buffer_size=200_000, learning_starts=1_000),
-    "MountainCarContinuous-v0": dict(total_timesteps=300_000, noise="ou", exploration_noise=0.5, learning_starts=100),
+    "Pendulum-v1": dict(total_timesteps=20_000, gamma=0.98, buffer_size=200_000),
     "LunarLanderContinuous-v3": dict(total_timesteps=300_000, gamma=0.98, buffer_size=200_000),
     **{f"{name}-v5": MUJOCO for name in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "InvertedPendulum")},
     "Humanoid-v5": MUJOCO | dict(total_timesteps=2_000_000),
@@ -187,7 +187,11 @@ class DeterministicActorCritic(nn.Module):
 
 
 class Transitions(NamedTuple):
-    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to."""
+    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to.
+
+    A target needs `terminated` alone; `truncated` tells where episodes end, to n-step targets and whoever reads a
+    checkpoint.
+    """
 
     observations: Tensor
     actions: Tensor
@@ -207,7 +211,7 @@ class ReplayBuffer:
     def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
         self.capacity, self.num_envs, self.position, self.size = capacity // num_envs * num_envs, num_envs, 0, 0
         observation = observation_space.shape, storage_dtype(observation_space)
-        action = action_space.shape, storage_dtype(action_space)
+        action = action_space.shape, torch.int64 if isinstance(action_space, Discrete) else torch.float32
         flag = (), torch.bool
         layout = Transitions(observation, action, ((), torch.float32), observation, flag, flag)
         needed = sum(self.capacity * int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
@@ -235,9 +239,12 @@ class ReplayBuffer:
         return Transitions(*(stored[rows] for stored in self.data))
 
     def state_dict(self) -> dict:
-        """The rows in use, and where the next ones go."""
-        used = {name: stored[: self.size].clone() for name, stored in self.data._asdict().items()}
-        return used | {"position": self.position}
+        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""
+        full = self.size == self.capacity
+        state = {name: x if full else x[: self.size].clone() for name, x in self.data._asdict().items()}
+        newest = (self.position - 1 - torch.arange(min(self.num_envs, self.size))) % self.capacity
+        state["truncated"] = state["truncated"].index_put((newest,), ~state["terminated"][newest])
+        return state | {"position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes over what `state_dict` gave."""
@@ -247,7 +254,7 @@ class ReplayBuffer:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on `device`; where no one says, all that the machine has."""
+    """Bytes that can still be had on `device`, by CUDA or Linux (a container's limit aside); else all that there is."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -259,8 +266,11 @@ def free_memory(device: torch.device) -> int:
 # The maths --------------------------------------------------------------------------------------------------
 
 
-def ornstein_uhlenbeck(previous: Tensor, gaussian: Tensor, sigma: float, theta: float = 0.15) -> Tensor:
-    """x' = (1 − θ) x + σ ε: noise that is pulled back to 0 (arXiv 1509.02971, section 7); all of one shape."""
+def ornstein_uhlenbeck(previous: Tensor, gaussian: Tensor, sigma: float, theta: float) -> Tensor:
+    """x' = (1 − θ) x + σ ε: noise that is pulled back to 0 (arXiv 1509.02971, section 7), all of one shape.
+
+    Its deviation goes to σ / √(1 − (1 − θ)²), 1.9 σ for θ = 0.15; with θ = 1 it has no memory and is σ ε.
+    """
     return (1 - theta) * previous + sigma * gaussian
 
 
@@ -324,7 +334,7 @@ LOG_EVERY = 1_000
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
     rank, world_size, device = set_up(args)
-    spaces = check_spaces(args, (Box,), "Use dqn.py.")
+    spaces = check_spaces(args, (Box,), "For Discrete actions use dqn.py.")
     check_bounds(args, spaces[1])
     agent = DeterministicActorCritic(*spaces, args.hidden_sizes).to(device)
     target = copy.deepcopy(agent).requires_grad_(False)
@@ -340,7 +350,7 @@ def train(args: Args) -> dict:
 
     obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
     noise = torch.zeros(args.num_envs, agent.action_size, device=device)
-    noise_theta = 0.15 if args.noise == "ou" else 1.0
+    noise_theta = 0.15 if args.noise == "ou" else 1.0  # θ = 1: no memory
     metrics = []
     logged_step = run.step
     while run.step < args.total_timesteps and not run.interrupted():
@@ -364,7 +374,7 @@ def train(args: Args) -> dict:
         if run.step > args.learning_starts:
             for _ in range(args.gradient_steps):
                 batch = buffer.get(buffer.draw_rows(args.batch_size))
-                metrics.append(update(agent, target, actor_optimizer, critic_optimizer, batch, args))
+                metrics.append(update(agent, target, actor_optimizer, critic_optimizer, batch, args).clone())
 
         # Log.
         if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:

@@ -1,7 +1,7 @@
 """DQN: deep Q-learning (Mnih et al. 2015), by default Double DQN (van Hasselt et al. 2016, arXiv 1509.06461).
 
 Acts ε-greedily on Q_θ, keeps every transition in a replay buffer, and after every few steps takes gradient steps on
-minibatches from it, towards targets from a copy Q_θ⁻ of the network that follows it at a distance,
+minibatches from it, towards targets from a copy Q_θ⁻ of the network, which becomes like it now and then,
 
     y_t  = r_t + γ r_{t+1} + … + γᵐ⁻¹ r_{t+m−1} + γᵐ Q_θ⁻(s_{t+m}, a*)      no last term if s_{t+m} is terminal
     a*   = argmax_a Q_θ(s_{t+m}, a)                          Double DQN; plain DQN lets Q_θ⁻ choose as well
@@ -15,16 +15,17 @@ where m = n (`--n-step`, 1 by default), or less where the episode ends before. D
   and with the newest step in the buffer, and bootstraps from there.
 - Huber and the bound on the gradient's norm: one surprising reward must not undo the network. But where outcomes
   differ by much more than 1, Huber finds something near their median, not their mean: then `--loss squared`.
-- Transitions lie in tensors that are allocated once, at the size they were seen with (uint8 stays uint8).
+- Transitions lie in tensors that are allocated once, observations in their own type (uint8 stays uint8).
 
 Against Stable-Baselines3: the same update with `--no-double` (parameters agree to 1e-5 after many updates, n-step
 windows included, tests/test_dqn.py); SB3 has no Double DQN, no Boltzmann exploration and no squared loss.
 
     python algos/dqn.py                              # CartPole-v1
     python algos/dqn.py --env-id Acrobot-v1          # with its recommended settings
-    python algos/dqn.py --env-id LunarLander-v3 --n-step 3 --exploration boltzmann --exploration-end 0.5
+    python algos/dqn.py --n-step 3 --exploration boltzmann --exploration-end 0.5
     python algos/dqn.py --resume runs/Acrobot-v1__dqn__1__…
     torchrun --nproc-per-node 2 algos/dqn.py         # data parallel: each process has its own environments and buffer
+                                                     # (but after --resume all of them begin with rank 0's buffer)
 """
 
 import argparse
@@ -96,7 +97,7 @@ class Args:
     train_frequency: int = 4
     """steps of every environment between updates"""
     gradient_steps: int = 4
-    """gradient steps per update"""
+    """gradient steps per update, whatever the number of environments"""
     learning_rate: float = 6.3e-4
     """Adam's step size"""
     gamma: float = 0.99
@@ -110,7 +111,7 @@ class Args:
     max_grad_norm: float = 10.0
     """bound on the gradient's global norm"""
     target_frequency: int = 250
-    """environment steps between updates of the target network"""
+    """environment steps between updates of the target network, which come after a step of all environments"""
     tau: float = 1.0
     """share of the trained network in an update of the target network; 1 copies it"""
     exploration: Literal["epsilon", "boltzmann"] = "epsilon"
@@ -120,7 +121,7 @@ class Args:
     exploration_end: float = 0.1
     """ε or temperature from --exploration-fraction of the run on"""
     exploration_fraction: float = 0.12
-    """part of the run over which it falls, linearly"""
+    """part of --total-timesteps over which it falls, linearly"""
     hidden_sizes: tuple[int, ...] = (256, 256)
     """ReLU layers of the network"""
 
@@ -191,7 +192,11 @@ class QNetwork(nn.Module):
 
 
 class Transitions(NamedTuple):
-    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to."""
+    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to.
+
+    A target needs `terminated` alone; `truncated` tells where episodes end, to n-step targets and whoever reads a
+    checkpoint.
+    """
 
     observations: Tensor
     actions: Tensor
@@ -211,7 +216,7 @@ class ReplayBuffer:
     def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
         self.capacity, self.num_envs, self.position, self.size = capacity // num_envs * num_envs, num_envs, 0, 0
         observation = observation_space.shape, storage_dtype(observation_space)
-        action = action_space.shape, storage_dtype(action_space)
+        action = action_space.shape, torch.int64 if isinstance(action_space, Discrete) else torch.float32
         flag = (), torch.bool
         layout = Transitions(observation, action, ((), torch.float32), observation, flag, flag)
         needed = sum(self.capacity * int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
@@ -239,9 +244,12 @@ class ReplayBuffer:
         return Transitions(*(stored[rows] for stored in self.data))
 
     def state_dict(self) -> dict:
-        """The rows in use, and where the next ones go."""
-        used = {name: stored[: self.size].clone() for name, stored in self.data._asdict().items()}
-        return used | {"position": self.position}
+        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""
+        full = self.size == self.capacity
+        state = {name: x if full else x[: self.size].clone() for name, x in self.data._asdict().items()}
+        newest = (self.position - 1 - torch.arange(min(self.num_envs, self.size))) % self.capacity
+        state["truncated"] = state["truncated"].index_put((newest,), ~state["terminated"][newest])
+        return state | {"position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes over what `state_dict` gave."""
@@ -251,7 +259,7 @@ class ReplayBuffer:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on `device`; where no one says, all that the machine has."""
+    """Bytes that can still be had on `device`, by CUDA or Linux (a container's limit aside); else all that there is."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -353,7 +361,11 @@ LOG_EVERY = 1_000
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
     rank, world_size, device = set_up(args)
-    spaces = check_spaces(args, (Discrete,), "Use ddpg.py, td3.py or sac.py.")
+    spaces = check_spaces(args, (Discrete,), "For Box actions use ddpg.py, td3.py or sac.py.")
+    if args.exploration_fraction <= 0:
+        fail(f"--exploration-fraction {args.exploration_fraction} must be positive")
+    if args.exploration == "boltzmann" and min(args.exploration_start, args.exploration_end) <= 0:
+        fail("--exploration-start and --exploration-end are temperatures here and must be positive")
     network = QNetwork(*spaces, args.hidden_sizes).to(device)
     target = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.Adam(
@@ -372,11 +384,11 @@ def train(args: Args) -> dict:
         for _ in range(args.train_frequency):
             progress = run.step / (args.exploration_fraction * args.total_timesteps)
             exploration = linear_schedule(args.exploration_start, args.exploration_end, progress)
-            with torch.no_grad():
-                q_values = network.q_values(torch.as_tensor(obs, dtype=network.observation_dtype, device=device))
             if run.step < args.learning_starts:
-                actions = epsilon_greedy(q_values, epsilon=1.0)
+                actions = torch.randint(int(spaces[1].n), (args.num_envs,), device=device)
             else:
+                with torch.no_grad():
+                    q_values = network.q_values(torch.as_tensor(obs, dtype=network.observation_dtype, device=device))
                 explore = epsilon_greedy if args.exploration == "epsilon" else boltzmann
                 actions = explore(q_values, exploration)
             acted_on = obs
@@ -395,7 +407,7 @@ def train(args: Args) -> dict:
                     batch, discounts = buffer.get(rows), args.gamma
                 else:
                     batch, discounts = n_step_transitions(buffer, rows, args.n_step, args.gamma)
-                metrics.append(update(network, target, optimizer, batch, discounts, args))
+                metrics.append(update(network, target, optimizer, batch, discounts, args).clone())
 
         # Log.
         if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:

@@ -12,24 +12,27 @@ after every few steps takes gradient steps on minibatches from it, towards targe
 The policy is a Gaussian u ~ N(m(s), σ(s)²) squashed by a = tanh u, so log π(a|s) = log N(u) − Σ log(1 − tanh² u).
 Details that matter, and why:
 - log(1 − tanh² u) is 2 (log 2 − u − log(1 + e⁻²ᵘ)): exact where tanh u rounds to ±1, and nothing is added for safety.
-- The minimum over critics: a policy that climbs one critic finds its errors, and a minimum does not overestimate.
+- The minimum over critics: a policy that climbs one critic finds its errors; a minimum errs on the low side.
+- log σ is kept within [−20, 2].
 - A time limit is not a termination: a truncated step bootstraps from its true final observation.
 - Actions are in [−1, 1] everywhere, the replay buffer included, and scaled to the space's bounds on their way into
   the environment; entropies are those of actions in [−1, 1].
 - The critics are one network with an extra dimension: M of them cost one batched product per layer.
 
 REDQ (Chen et al. 2021, arXiv 2101.05982) draws a random few of many critics for each target, so that many gradient
-steps per environment step do not overestimate; its policy climbs the critics' mean, once per environment step:
+steps per environment step do not overestimate; its policy climbs the critics' mean, once per environment step. The
+paper's N is --num-critics, its M --critic-subset:
 
     python algos/sac.py --env-id Hopper-v5 --num-critics 10 --critic-subset 2 --gradient-steps 20 --policy-delay 20
 
-Against Stable-Baselines3: the same update (parameters and α agree to 1e-5 after 100 gradient steps,
+Against Stable-Baselines3: the same update (parameters and α agree to 1e-5 after 200 gradient steps,
 tests/test_sac.py), but for the 1e-6 that SB3 adds to 1 − tanh² u.
 
     python algos/sac.py                                   # Pendulum-v1
     python algos/sac.py --env-id HalfCheetah-v5 --seed 3  # everything measured is in benchmarks/README.md
     python algos/sac.py --resume runs/HalfCheetah-v5__sac__3__…
-    torchrun --nproc-per-node 2 algos/sac.py              # data parallel: each process has its own environments
+    torchrun --nproc-per-node 2 algos/sac.py  # data parallel: each process has its own environments and
+                                              # buffer, but after --resume all begin with rank 0's
 """
 
 import argparse
@@ -37,6 +40,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -101,7 +105,7 @@ class Args:
     train_frequency: int = 1
     """steps of every environment between updates"""
     gradient_steps: int = 1
-    """gradient steps per update"""
+    """gradient steps per update, whatever the number of environments"""
     learning_rate: float = 3e-4
     """Adam's step size, for policy, critics and temperature"""
     gamma: float = 0.99
@@ -128,11 +132,6 @@ class Args:
 MUJOCO = dict(total_timesteps=1_000_000, learning_starts=10_000)
 RECOMMENDED = {
     "Pendulum-v1": dict(total_timesteps=20_000, learning_starts=100, learning_rate=1e-3),
-    "MountainCarContinuous-v0": dict(
-        total_timesteps=50_000, buffer_size=50_000, learning_starts=100, batch_size=512, train_frequency=32,
-        gradient_steps=32, alpha=0.1, autotune=False, gamma=0.9999, tau=0.01, hidden_sizes=(64, 64)),
-    "LunarLanderContinuous-v3": dict(
-        total_timesteps=500_000, learning_starts=10_000, learning_rate=7.3e-4, tau=0.01, hidden_sizes=(400, 300)),
     **{f"{name}-v5": MUJOCO for name in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "InvertedPendulum")},
     "Humanoid-v5": MUJOCO | dict(total_timesteps=2_000_000),
     "Swimmer-v5": MUJOCO | dict(gamma=0.999),
@@ -239,7 +238,11 @@ class SoftActorCritics(nn.Module):
 
 
 class Transitions(NamedTuple):
-    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to."""
+    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to.
+
+    A target needs `terminated` alone; `truncated` tells where episodes end, to n-step targets and whoever reads a
+    checkpoint.
+    """
 
     observations: Tensor
     actions: Tensor
@@ -259,7 +262,7 @@ class ReplayBuffer:
     def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
         self.capacity, self.num_envs, self.position, self.size = capacity // num_envs * num_envs, num_envs, 0, 0
         observation = observation_space.shape, storage_dtype(observation_space)
-        action = action_space.shape, storage_dtype(action_space)
+        action = action_space.shape, torch.int64 if isinstance(action_space, Discrete) else torch.float32
         flag = (), torch.bool
         layout = Transitions(observation, action, ((), torch.float32), observation, flag, flag)
         needed = sum(self.capacity * int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
@@ -287,9 +290,12 @@ class ReplayBuffer:
         return Transitions(*(stored[rows] for stored in self.data))
 
     def state_dict(self) -> dict:
-        """The rows in use, and where the next ones go."""
-        used = {name: stored[: self.size].clone() for name, stored in self.data._asdict().items()}
-        return used | {"position": self.position}
+        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""
+        full = self.size == self.capacity
+        state = {name: x if full else x[: self.size].clone() for name, x in self.data._asdict().items()}
+        newest = (self.position - 1 - torch.arange(min(self.num_envs, self.size))) % self.capacity
+        state["truncated"] = state["truncated"].index_put((newest,), ~state["terminated"][newest])
+        return state | {"position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes over what `state_dict` gave."""
@@ -299,7 +305,7 @@ class ReplayBuffer:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on `device`; where no one says, all that the machine has."""
+    """Bytes that can still be had on `device`, by CUDA or Linux (a container's limit aside); else all that there is."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -312,15 +318,18 @@ def free_memory(device: torch.device) -> int:
 
 
 def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """a = tanh u, u = mean + σ·noise, and log π(a), (…, A) and (…,) (arXiv 1812.05905, eq. 26); inputs (…, A)."""
+    """a = tanh u, u = mean + σ·noise, and log π(a), (…, A) and (…,) (arXiv 1812.05905, appendix C); inputs (…, A)."""
     u = mean + log_std.exp() * noise
-    log_gaussian = -0.5 * noise.square() - log_std - 0.5 * np.log(2 * np.pi)
-    log_slope = 2 * (np.log(2) - u - F.softplus(-2 * u))  # log(1 − tanh² u)
+    log_gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 − tanh² u)
     return u.tanh(), (log_gaussian - log_slope).sum(-1)
 
 
 def soft_q_target(rewards, terminated, next_q: Tensor, next_log_probs, alpha: Tensor, gamma: float) -> Tensor:
-    """y = r + γ (min_i Q_i(s', a') − α log π(a'|s')), and r where s' is terminal; (B,), next_q (M, B) (eq. 3)."""
+    """y = r + γ (min_i Q_i(s', a') − α log π(a'|s')), and r where s' is terminal; (B,), next_q (M, B).
+
+    arXiv 1812.05905, equations 2, 3 and 5, with the minimum of section 5.
+    """
     return rewards + gamma * (next_q.min(0).values - alpha * next_log_probs) * ~terminated
 
 
@@ -347,12 +356,16 @@ def sac_actor_loss(agent, states: Tensor, noise: Tensor, alpha: Tensor, use_mean
 
 
 def temperature_loss(log_alpha: Tensor, log_probs: Tensor, target_entropy: float) -> Tensor:
-    """L(α): falls with α where the entropy is above its target (arXiv 1812.05905, eq. 18, with log α for α)."""
+    """L(α): descending it lowers α where the entropy is above its target (arXiv 1812.05905, section 5; log α for α)."""
     return -log_alpha * (log_probs.detach().mean() + target_entropy)
 
 
+CRITIC_METRICS = ("critic_loss", "q_values")
+ACTOR_METRICS = ("actor_loss", "entropy", "alpha")
+
+
 def sac_critic_update(agent, target, optimizer, batch: Transitions, noise, members, args: Args) -> Tensor:
-    """One gradient step of the critics, which their targets follow. Returns loss and mean value (2,) before it."""
+    """One gradient step of the critics, which their targets follow. Returns CRITIC_METRICS (2,) before it."""
     loss, q_values = sac_critic_loss(agent, target, batch, noise, members, args)
     gradient_step(agent.critics, optimizer, loss)
     polyak_update(target, agent.critics, args.tau)
@@ -360,7 +373,7 @@ def sac_critic_update(agent, target, optimizer, batch: Transitions, noise, membe
 
 
 def sac_actor_update(agent, actor_optimizer, alpha_optimizer, batch: Transitions, noise, args: Args) -> Tensor:
-    """One gradient step of the policy and, with --autotune, of α. Returns loss, entropy and α (3,) before it."""
+    """One gradient step of the policy and, with --autotune, of α. Returns ACTOR_METRICS (3,) before it."""
     alpha = agent.alpha
     states = agent.encode(batch.observations)
     loss, log_probs = sac_actor_loss(agent, states, noise, alpha, use_mean=args.critic_subset < args.num_critics)
@@ -399,7 +412,7 @@ LOG_EVERY = 1_000
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
     rank, world_size, device = set_up(args)
-    spaces = check_spaces(args, (Box,), "Use dqn.py.")
+    spaces = check_spaces(args, (Box,), "For Discrete actions use dqn.py.")
     check_bounds(args, spaces[1])
     if args.critic_subset > args.num_critics:
         fail(f"--critic-subset {args.critic_subset} must be at most --num-critics {args.num_critics}")
@@ -415,7 +428,7 @@ def train(args: Args) -> dict:
         compiled(update, device) if args.compile else update for update in (sac_critic_update, sac_actor_update)
     )
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
-    counter = nn.Module()
+    counter = nn.Module()  # a module, so that a checkpoint holds it
     counter.register_buffer("updates", torch.zeros((), dtype=torch.int64))
     modules = {"agent": agent, "target": target, "buffer": buffer, "counter": counter}
     modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
@@ -428,10 +441,10 @@ def train(args: Args) -> dict:
     while run.step < args.total_timesteps and not run.interrupted():
         # Collect a few steps from every environment.
         for _ in range(args.train_frequency):
-            noise = torch.randn(args.num_envs, agent.action_size, device=device)
             if run.step < args.learning_starts:
-                actions = 2 * torch.rand_like(noise) - 1
+                actions = 2 * torch.rand(args.num_envs, agent.action_size, device=device) - 1
             else:
+                noise = torch.randn(args.num_envs, agent.action_size, device=device)
                 with torch.no_grad():
                     states = agent.encode(torch.as_tensor(obs, dtype=agent.observation_dtype, device=device))
                     actions, _ = agent.sample(states, noise)
@@ -445,22 +458,24 @@ def train(args: Args) -> dict:
         if run.step > args.learning_starts:
             for _ in range(args.gradient_steps):
                 batch = buffer.get(buffer.draw_rows(args.batch_size))
-                noise, next_noise = (torch.randn_like(batch.actions) for _ in range(2))
                 members = slice(None)
                 if args.critic_subset < args.num_critics:
                     members = torch.randperm(args.num_critics, device=device)[: args.critic_subset]
-                critic_metrics.append(update_critics(agent, target, critic_optimizer, batch, next_noise, members, args))
+                noise = torch.randn_like(batch.actions)
+                metrics = update_critics(agent, target, critic_optimizer, batch, noise, members, args)
+                critic_metrics.append(metrics.clone())
                 counter.updates += 1
                 if counter.updates % args.policy_delay == 0:
-                    actor_metrics.append(update_actor(agent, actor_optimizer, alpha_optimizer, batch, noise, args))
+                    noise = torch.randn_like(batch.actions)
+                    metrics = update_actor(agent, actor_optimizer, alpha_optimizer, batch, noise, args)
+                    actor_metrics.append(metrics.clone())
 
         # Log.
         if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
             losses = {}
-            if actor_metrics:
-                names = ("critic_loss", "q_values", "actor_loss", "entropy", "alpha")
-                means = [average(torch.stack(metrics).mean(0)) for metrics in (critic_metrics, actor_metrics)]
-                losses = dict(zip(names, torch.cat(means).tolist()))
+            for names, metrics in ((CRITIC_METRICS, critic_metrics), (ACTOR_METRICS, actor_metrics)):
+                if metrics:
+                    losses |= dict(zip(names, average(torch.stack(metrics).mean(0)).tolist()))
             run.log(losses)
             critic_metrics, actor_metrics, logged_step = [], [], run.step
         if run.step - run.saved_step >= args.checkpoint_every:

@@ -10,7 +10,7 @@ steps takes gradient steps on minibatches from it, towards targets from copies �
     θ⁻ ← (1 − τ) θ⁻ + τ θ,   φ⁻ ← (1 − τ) φ⁻ + τ φ                          then, too
 
 Details that matter, and why:
-- The minimum over critics: a policy that climbs one critic finds its errors, and a minimum does not overestimate.
+- The minimum over critics: a policy that climbs one critic finds its errors; a minimum errs on the low side.
 - Smoothing: the critic must not have narrow peaks that the policy then sits on.
 - The policy moves less often than the critics, so that it follows values that have settled.
 - A time limit is not a termination: a truncated step bootstraps from its true final observation.
@@ -19,13 +19,13 @@ Details that matter, and why:
 - The critics are one network with an extra dimension: M of them cost one batched product per layer.
 
 Against Stable-Baselines3: the same update (parameters agree to 1e-5 after many updates, tests/test_td3.py). SB3 draws
-its Ornstein-Uhlenbeck noise in steps of dt = 0.01, here dt = 1, as in DDPG.
+its Ornstein-Uhlenbeck noise in steps of dt = 0.01 unless told otherwise, here dt = 1.
 
     python algos/td3.py                                  # Pendulum-v1
     python algos/td3.py --env-id HalfCheetah-v5 --seed 3 # everything measured is in benchmarks/README.md
-    python algos/td3.py --env-id Hopper-v5 --num-critics 5 --gradient-steps 2
     python algos/td3.py --resume runs/Hopper-v5__td3__3__…
-    torchrun --nproc-per-node 2 algos/td3.py             # data parallel: each process has its own environments
+    torchrun --nproc-per-node 2 algos/td3.py  # data parallel: each process has its own environments and
+                                              # buffer, but after --resume all begin with rank 0's
 """
 
 import argparse
@@ -97,7 +97,7 @@ class Args:
     train_frequency: int = 1
     """steps of every environment between updates"""
     gradient_steps: int = 1
-    """gradient steps per update"""
+    """gradient steps per update, whatever the number of environments"""
     learning_rate: float = 1e-3
     """Adam's step size, for policy and critics"""
     gamma: float = 0.99
@@ -115,7 +115,7 @@ class Args:
     noise: Literal["gaussian", "ou"] = "gaussian"
     """exploration noise: independent, or an Ornstein-Uhlenbeck process, which is correlated in time"""
     exploration_noise: float = 0.1
-    """its deviation σ, where actions span [−1, 1]"""
+    """σ of that noise, where actions span [−1, 1]; an Ornstein-Uhlenbeck process comes to deviate by 1.9 σ"""
     hidden_sizes: tuple[int, ...] = (400, 300)
     """ReLU layers of the policy and of each critic"""
 
@@ -123,8 +123,7 @@ class Args:
 # fmt: off
 MUJOCO = dict(total_timesteps=1_000_000)
 RECOMMENDED = {
-    "Pendulum-v1": dict(total_timesteps=20_000, gamma=0.98, buffer_size=200_000, learning_starts=1_000),
-    "MountainCarContinuous-v0": dict(total_timesteps=300_000, noise="ou", exploration_noise=0.5, learning_starts=100),
+    "Pendulum-v1": dict(total_timesteps=20_000, gamma=0.98, buffer_size=200_000),
     "LunarLanderContinuous-v3": dict(total_timesteps=300_000, gamma=0.98, buffer_size=200_000),
     **{f"{name}-v5": MUJOCO for name in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "InvertedPendulum")},
     "Humanoid-v5": MUJOCO | dict(total_timesteps=2_000_000),
@@ -221,7 +220,11 @@ class DeterministicActorCritics(nn.Module):
 
 
 class Transitions(NamedTuple):
-    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to."""
+    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to.
+
+    A target needs `terminated` alone; `truncated` tells where episodes end, to n-step targets and whoever reads a
+    checkpoint.
+    """
 
     observations: Tensor
     actions: Tensor
@@ -241,7 +244,7 @@ class ReplayBuffer:
     def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
         self.capacity, self.num_envs, self.position, self.size = capacity // num_envs * num_envs, num_envs, 0, 0
         observation = observation_space.shape, storage_dtype(observation_space)
-        action = action_space.shape, storage_dtype(action_space)
+        action = action_space.shape, torch.int64 if isinstance(action_space, Discrete) else torch.float32
         flag = (), torch.bool
         layout = Transitions(observation, action, ((), torch.float32), observation, flag, flag)
         needed = sum(self.capacity * int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
@@ -269,9 +272,12 @@ class ReplayBuffer:
         return Transitions(*(stored[rows] for stored in self.data))
 
     def state_dict(self) -> dict:
-        """The rows in use, and where the next ones go."""
-        used = {name: stored[: self.size].clone() for name, stored in self.data._asdict().items()}
-        return used | {"position": self.position}
+        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""
+        full = self.size == self.capacity
+        state = {name: x if full else x[: self.size].clone() for name, x in self.data._asdict().items()}
+        newest = (self.position - 1 - torch.arange(min(self.num_envs, self.size))) % self.capacity
+        state["truncated"] = state["truncated"].index_put((newest,), ~state["terminated"][newest])
+        return state | {"position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes over what `state_dict` gave."""
@@ -281,7 +287,7 @@ class ReplayBuffer:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on `device`; where no one says, all that the machine has."""
+    """Bytes that can still be had on `device`, by CUDA or Linux (a container's limit aside); else all that there is."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -293,13 +299,16 @@ def free_memory(device: torch.device) -> int:
 # The maths --------------------------------------------------------------------------------------------------
 
 
-def ornstein_uhlenbeck(previous: Tensor, gaussian: Tensor, sigma: float, theta: float = 0.15) -> Tensor:
-    """x' = (1 − θ) x + σ ε: noise that is pulled back to 0 (arXiv 1509.02971, section 7); all of one shape."""
+def ornstein_uhlenbeck(previous: Tensor, gaussian: Tensor, sigma: float, theta: float) -> Tensor:
+    """x' = (1 − θ) x + σ ε: noise that is pulled back to 0 (arXiv 1509.02971, section 7), all of one shape.
+
+    Its deviation goes to σ / √(1 − (1 − θ)²), 1.9 σ for θ = 0.15; with θ = 1 it has no memory and is σ ε.
+    """
     return (1 - theta) * previous + sigma * gaussian
 
 
 def smoothed_actions(actions: Tensor, noise: Tensor, clip: float) -> Tensor:
-    """The target policy's actions with noise of at most `clip`, within [−1, 1] (arXiv 1802.09477, eq. 14); (B, A)."""
+    """The target policy's actions (B, A), noise of at most `clip` added, in [−1, 1] (arXiv 1802.09477, section 5.3)."""
     return (actions + noise.clamp(-clip, clip)).clamp(-1, 1)
 
 
@@ -324,9 +333,8 @@ def td3_actor_loss(agent, states: Tensor) -> Tensor:
     return -agent.critics(states, agent.actor(states), members=slice(1)).mean()
 
 
-def td3_critic_update(agent, target, optimizer, batch: Transitions, args: Args) -> Tensor:
+def td3_critic_update(agent, target, optimizer, batch: Transitions, noise: Tensor, args: Args) -> Tensor:
     """One gradient step of the critics on a minibatch. Returns their loss and mean value (2,) before it."""
-    noise = torch.randn_like(batch.actions) * args.target_noise
     loss, q_values = td3_critic_loss(agent, target, batch, noise, args)
     gradient_step(agent.critics, optimizer, loss)
     return torch.stack([loss, q_values]).detach()
@@ -367,7 +375,7 @@ LOG_EVERY = 1_000
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
     rank, world_size, device = set_up(args)
-    spaces = check_spaces(args, (Box,), "Use dqn.py.")
+    spaces = check_spaces(args, (Box,), "For Discrete actions use dqn.py.")
     check_bounds(args, spaces[1])
     agent = DeterministicActorCritics(*spaces, args.hidden_sizes, args.num_critics).to(device)
     target = copy.deepcopy(agent).requires_grad_(False)
@@ -379,7 +387,7 @@ def train(args: Args) -> dict:
         compiled(update, device) if args.compile else update for update in (td3_critic_update, td3_actor_update)
     )
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
-    counter = nn.Module()
+    counter = nn.Module()  # a module, so that a checkpoint holds it
     counter.register_buffer("updates", torch.zeros((), dtype=torch.int64))
     modules = {"agent": agent, "target": target, "buffer": buffer, "counter": counter}
     run = Run(args, rank, modules | {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer})
@@ -387,7 +395,7 @@ def train(args: Args) -> dict:
 
     obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
     noise = torch.zeros(args.num_envs, agent.action_size, device=device)
-    noise_theta = 0.15 if args.noise == "ou" else 1.0
+    noise_theta = 0.15 if args.noise == "ou" else 1.0  # θ = 1: no memory
     critic_metrics, actor_losses = [], []
     logged_step = run.step
     while run.step < args.total_timesteps and not run.interrupted():
@@ -411,18 +419,19 @@ def train(args: Args) -> dict:
         if run.step > args.learning_starts:
             for _ in range(args.gradient_steps):
                 batch = buffer.get(buffer.draw_rows(args.batch_size))
-                critic_metrics.append(update_critics(agent, target, critic_optimizer, batch, args))
+                smoothing = torch.randn_like(batch.actions) * args.target_noise
+                critic_metrics.append(update_critics(agent, target, critic_optimizer, batch, smoothing, args).clone())
                 counter.updates += 1
                 if counter.updates % args.policy_delay == 0:
-                    actor_losses.append(update_actor(agent, target, actor_optimizer, batch, args))
+                    actor_losses.append(update_actor(agent, target, actor_optimizer, batch, args).clone())
 
         # Log.
         if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
             losses = {}
+            if critic_metrics:
+                losses |= dict(zip(("critic_loss", "q_values"), average(torch.stack(critic_metrics).mean(0)).tolist()))
             if actor_losses:
-                critic_loss, q_values = average(torch.stack(critic_metrics).mean(0)).tolist()
-                actor_loss = average(torch.stack(actor_losses).mean(0)).item()
-                losses = {"critic_loss": critic_loss, "q_values": q_values, "actor_loss": actor_loss}
+                losses["actor_loss"] = average(torch.stack(actor_losses).mean()).item()
             run.log(losses)
             critic_metrics, actor_losses, logged_step = [], [], run.step
         if run.step - run.saved_step >= args.checkpoint_every:

@@ -240,6 +240,17 @@ def test_what_sb3_does_not_have_is_refused(algo, changes, names):
         sb3_model(algo, **changes)
 
 
+def test_sb3s_side_of_an_off_policy_run():
+    flags = "--total-timesteps 300 --learning-starts 50 --hidden-sizes 8 --eval-episodes 2 --train-frequency 4"
+    result = sb3.train("dqn", sb3.parse_args("dqn", flags.split()))
+    assert len(result["returns"]) == 2 and (result["run_dir"] / "model.zip").exists()
+    assert json.loads((result["run_dir"] / "args.json").read_text())["args"]["learning_starts"] == 50
+    rows = (result["run_dir"] / "monitor.csv").read_text().splitlines()[2:]
+    assert 200 < sum(float(row.split(",")[1]) for row in rows) <= 300
+    assert not sb3.parse_args("sac", []).normalize_observations and not sb3.parse_args("sac", []).normalize_rewards
+    assert sb3.parse_args("ppo", ["--normalize-observations"]).normalize_observations
+
+
 def test_both_networks_start_from_the_same_distribution():
     """Orthogonal rows of the same gains: the singular values of every layer agree."""
     args = ppo.Args(env_id="Pendulum-v1")

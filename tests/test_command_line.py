@@ -83,7 +83,7 @@ CONTINUOUS_Q = (
     " --hidden-sizes 8 --eval-episodes 2"
 )
 CONTINUOUS_Q_REFUSALS = (
-    ("--env-id CartPole-v1", "Use dqn.py"),
+    ("--env-id CartPole-v1", "use dqn.py"),
     ("--env-id OneStateUnbounded-v0", "unbounded"),
     ("--buffer-size 1", "--buffer-size"),
     ("--gradient-steps 0", "--gradient-steps"),
@@ -189,10 +189,13 @@ TINY = {
         values="losses/q_values",
         explode=(("--learning-rate inf", "not finite"),),
         refusals=(
-            ("--env-id Pendulum-v1", "Use ddpg.py, td3.py or sac.py"),
+            ("--env-id Pendulum-v1", "use ddpg.py, td3.py or sac.py"),
             ("--buffer-size 1", "--buffer-size"),
             ("--buffer-size 1_000_000_000_000", "bytes"),
             ("--n-step 0", "--n-step"),
+            ("--exploration-fraction 0", "--exploration-fraction"),
+            ("--exploration boltzmann --exploration-end 0", "--exploration-end"),
+            ("--exploration boltzmann --exploration-start 0", "--exploration-start"),
             ("--train-frequency 0", "--train-frequency"),
         ),
     ),
@@ -691,7 +694,11 @@ def kill_and_resume(algo, seconds):
     process.kill()
     process.communicate()
     wait_for_the_next_second()
-    total = load(run_dir)["step"] + 500
+    total, before = load(run_dir)["step"], tensors(run_dir)
+    assert resume(algo, run_dir, f"--total-timesteps {total}") == run_dir
+    assert different(before, tensors(run_dir)) == [], "networks, targets, optimisers, replay buffer, random state"
+    wait_for_the_next_second()
+    total += 500
     assert resume(algo, run_dir, f"--total-timesteps {total}") == run_dir
     step = load(run_dir)["step"]
     assert total <= step < total + 500
@@ -839,7 +846,7 @@ def test_averages_over_two_processes_are_those_of_one():
 UPDATES = """
 import copy, sys
 sys.path.insert(0, sys.argv[1])
-import a2c, grpo, kfac, ppo, reinforce, torch, trpo
+import a2c, dqn, grpo, kfac, ppo, reinforce, torch, trpo
 import torch.distributed as dist
 from gymnasium.spaces import Box, Discrete
 
@@ -888,24 +895,48 @@ def policy_step(policy, optimizer, part):
     module.gradient_step(policy, optimizer, -(log_probs * advantages).mean())
 
 
+class DQNAgent(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network, self.target = (dqn.QNetwork(Box(-1, 1, (4,)), Discrete(3), (8,)) for _ in range(2))
+        self.target.requires_grad_(False)
+
+
+def dqn_agent(module):
+    agent = DQNAgent()
+    return agent, torch.optim.Adam(agent.network.parameters(), 1e-2)
+
+
+def dqn_step(agent, optimizer, part):
+    states, numbers, rewards, signs, *_ = part
+    actions = (numbers[:, 0] > 0).long()
+    batch = dqn.Transitions(states, actions, rewards, states.roll(1, 1), signs > 1, signs > 2)
+    dqn.dqn_update(agent.network, agent.target, optimizer, batch, 0.9, dqn.Args(max_grad_norm=0.1))
+
+
 def policy(module):
     policy = module.Policy(*spaces, (8,))
     return policy, torch.optim.Adam(policy.parameters(), 1e-2)
 
 
-steps = {ppo: ppo_step, a2c: a2c_step, trpo: trpo_step, kfac: kfac_step, reinforce: policy_step, grpo: policy_step}
+def make(module):
+    return (actor_critic if hasattr(module, "ActorCritic") else dqn_agent if module is dqn else policy)(module)
+
+
+steps = {ppo: ppo_step, a2c: a2c_step, trpo: trpo_step, kfac: kfac_step}
+steps |= {reinforce: policy_step, grpo: policy_step, dqn: dqn_step}
 data = [[numbers(40, 4), numbers(40, 2), *(numbers(40) for _ in range(4))] for _ in range(3)]
 runs = {}
 for module, step in steps.items():
     torch.manual_seed(0)
-    whole = (actor_critic if hasattr(module, "ActorCritic") else policy)(module)
+    whole = make(module)
     runs[module] = whole[0], copy.deepcopy(whole[0].state_dict())
     for batch in data:
         step(*whole, batch)
 dist.init_process_group("gloo")
 for module, step in steps.items():
     whole, start = runs[module]
-    part = (actor_critic if hasattr(module, "ActorCritic") else policy)(module)
+    part = make(module)
     part[0].load_state_dict(start)
     for batch in data:
         step(*part, [x.chunk(2)[dist.get_rank()] for x in batch])

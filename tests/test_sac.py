@@ -153,6 +153,42 @@ def test_temperature_goes_down_where_the_entropy_is_above_its_target():
         torch.autograd.grad(sac.temperature_loss(log_alpha, log_probs, 1.0), log_probs)
 
 
+@pytest.mark.parametrize("target_entropy, expected", [(None, -2.0), (-0.7, -0.7)])
+def test_the_target_entropy_is_minus_the_number_of_actions_or_as_asked_for(target_entropy, expected):
+    agent, _ = make_agent()
+    batch, noise = make_batch(), torch.randn(32, 2)
+    actor_optimizer, alpha_optimizer = (
+        torch.optim.SGD(x.parameters(), lr) for x, lr in ((agent.actor, 0.0), (agent.temperature, 1.0))
+    )
+    _, log_probs = sac.sac_actor_loss(agent, batch.observations, noise, agent.alpha, use_mean=False)
+    before = agent.temperature["log_alpha"].item()
+    args = sac.Args(target_entropy=target_entropy)
+    loss, entropy, alpha = sac.sac_actor_update(agent, actor_optimizer, alpha_optimizer, batch, noise, args)
+    moved = agent.temperature["log_alpha"].item() - before
+    assert moved == pytest.approx(log_probs.mean().item() + expected, abs=1e-5)
+    assert (entropy.item(), alpha.item()) == (pytest.approx(-log_probs.mean().item()), pytest.approx(0.5))
+
+
+@pytest.mark.parametrize("subset", [2, 5])
+def test_the_policy_climbs_the_mean_of_critics_if_targets_draw_a_subset(subset):
+    agent, _ = make_agent(num_critics=5)
+    batch, noise = make_batch(), torch.randn(32, 2)
+    optimizers = [torch.optim.Adam(x.parameters(), 1e-3) for x in (agent.actor, agent.temperature)]
+    expected, _ = sac.sac_actor_loss(agent, batch.observations, noise, agent.alpha, use_mean=subset == 2)
+    args = sac.Args(num_critics=5, critic_subset=subset)
+    torch.testing.assert_close(sac.sac_actor_update(agent, *optimizers, batch, noise, args)[0], expected.detach())
+
+
+def test_the_deviation_is_bounded():
+    agent, _ = make_agent()
+    torch.nn.init.zeros_(agent.actor[-1].weight)
+    noise = torch.randn(10, 2)
+    for bias, log_std in ((100.0, 2.0), (-100.0, -20.0), (-1.0, -1.0)):
+        agent.actor[-1].bias.data = torch.tensor([0.3, -0.2, bias, bias])
+        expected = sac.squashed_gaussian(torch.tensor([0.3, -0.2]), torch.full((2,), log_std), noise)
+        torch.testing.assert_close(agent.sample(torch.randn(10, 3), noise), expected)
+
+
 @pytest.mark.parametrize("autotune", [True, False])
 def test_updates_move_what_they_should_and_nothing_else(autotune):
     agent, target = make_agent()
