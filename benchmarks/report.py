@@ -80,6 +80,7 @@ episodes.
 - Intervals are percentile bootstraps, 10 000 resamples of the seeds, each side for itself. From 3 seeds they are
   too narrow: read them as a spread, not as a test.
 - **verdict**: whether the interval of the difference reaches 0; "few seeds" where that is no test.
+- DQN is Double DQN here, the script's default, and plain DQN in SB3, which has no other.
 - An algorithm that SB3 does not have stands beside SB3's A2C and PPO after the same number of steps, each with the
   settings recommended for it here. Recommended settings for more steps than a suite's are run for the suite's.
 - Speed is not compared here, because these runs shared their machine with other work: see the table on throughput.
@@ -111,7 +112,7 @@ are those of ended episodes, so with many environments and long episodes a curve
 THROUGHPUT = """
 ## Throughput
 
-Environment steps per second of training on the CPU, one PyTorch thread, same flags on both sides, from
+Environment steps per second of training on the CPU, same flags and number of PyTorch threads on both sides, from
 `python benchmarks/throughput.py`. The settings alternate and a ratio is taken over SB3 of the same round: above 1
 is faster than SB3. Compilation is not counted.
 

@@ -4,9 +4,10 @@
     python benchmarks/throughput.py --only CartPole --rounds 3
 
 The settings alternate within a round, so that what else the machine does falls on all of them, and a ratio is
-taken over SB3 of the same round. Each measurement is a process of its own with one PyTorch thread, on the CPU: it
-trains for the work's steps and takes the time between two boundaries of training iterations, the first of them
-after warm-up and compilation. Writes benchmarks/results/throughput.csv and prints the ratios.
+taken over SB3 of the same round. Each measurement is a process of its own, on the CPU, with one PyTorch thread or as
+many as the work's flags ask for: it trains for the work's steps and takes the time between two boundaries of training
+iterations, the first of them after warm-up and compilation. Writes benchmarks/results/throughput.csv and prints the
+ratios.
 """
 
 import importlib
@@ -21,6 +22,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import pandas as pd
+import torch
 import tyro
 from run import RESULTS, ROOT, last_line, source_sha256
 from sb3 import MODELS, make_env, parse_args
@@ -124,6 +126,7 @@ def boundaries_sb3(algo: str, args) -> list[tuple[int, float]]:
         def _on_step(self) -> bool:
             return True
 
+    torch.set_num_threads(args.torch_threads)
     env = make_env(args, args.num_envs, Path(args.output_dir) / "monitor.csv")
     MODELS[algo](args, env).learn(args.total_timesteps, callback=Clock())
     return boundaries
