@@ -89,7 +89,8 @@ episodes.
   ([source](https://docs.cleanrl.dev/rl-algorithms/ppo/)). Zoo: RL Baselines3 Zoo, one tuned run, deterministic
   evaluation ([source](https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md)). Engstrom et al. 2020:
   [arXiv 2005.12729](https://arxiv.org/abs/2005.12729).
-- † The code has changed since at least one of these runs was measured, or which code ran is not known.
+- † The code has changed since at least one of these runs was measured, or which code ran is not known. A change
+  after which one seed still gives the same episodes, bit for bit, counts as none (`run.py --confirm-changed`).
 """
 
 SUITE = """

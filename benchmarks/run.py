@@ -4,6 +4,7 @@
     python benchmarks/run.py classic --workers 2                # again after a kill: goes on where it was
     python benchmarks/run.py mujoco --only Hopper --dry-run     # what it would do
     python benchmarks/run.py classic --rerun-changed            # measures anew what older code has measured
+    python benchmarks/run.py classic --confirm-changed          # or one seed of it, to see that nothing else changed
 
 Each cell (implementation, algorithm, environment, seed, steps) is one process with the command that a user would
 type. Its run directory and output are in a folder of its own in --work; a cell that has finished there is recorded
@@ -25,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -56,6 +57,9 @@ class Args:
     """only cells with this in their name, IMPL__ALGO__ENV__SEED: ppo, Hopper, sb3__ppo, …"""
     rerun_changed: bool = False
     """measure anew the recorded cells whose code has changed since"""
+    confirm_changed: bool = False
+    """of those, measure one seed anew per algorithm and environment: if every episode is as recorded, the rows of the
+    other seeds count as measured with today's code, too"""
     dry_run: bool = False
     """list the cells, start nothing"""
     work: Path = ROOT / "runs" / "benchmarks"
@@ -354,6 +358,44 @@ def run(todo: list[Cell], args: Args) -> int:
     return failed
 
 
+def group(cell: Cell) -> Cell:
+    """What the seeds of a measurement have in common."""
+    return replace(cell, seed=0)
+
+
+def confirm(todo: list[Cell], args: Args) -> int:
+    """Measures one cell of each group of changed ones in a folder apart. Returns how many failed or differ.
+
+    Same seed, same bits: where its evaluation and every episode are the recorded ones, the change made no difference,
+    and the rows of the group that the same code had measured get today's code_sha256.
+    """
+    runs = read_runs(args.results)
+    changed = [c for c in todo if astuple(c) in runs.index and runs.code_sha256[astuple(c)] != present_code(c)]
+    firsts = {group(cell): cell for cell in reversed(changed)}
+    apart = args.work / "confirm"
+    failed = run(list(firsts.values()), replace(args, work=apart, results=apart / "results", rerun_changed=True))
+    again, names = read_runs(apart / "results"), ["eval_mean", "eval_std", "eval_episodes"]
+    for key, cell in firsts.items():
+        if astuple(cell) not in again.index:
+            continue
+        one, other = (
+            pd.read_csv(results / "episodes" / f"{cell.name}.csv.gz")[["r", "l"]]
+            for results in (args.results, apart / "results")
+        )
+        old = runs.loc[astuple(cell)]
+        if not (one.equals(other) and list(old[names]) == list(again.loc[astuple(cell), names])):
+            failed += 1
+            print(f"{cell.name}: its episodes are others now; --rerun-changed measures them", file=sys.stderr)
+            continue
+        for same in changed:
+            if group(same) == key and runs.code_sha256[astuple(same)] == old["code_sha256"]:
+                runs.loc[[astuple(same)], "code_sha256"] = present_code(same)
+                print(f"{same.name}: confirmed", file=sys.stderr)
+    runs.to_csv(args.results / "runs.csv.tmp")
+    os.replace(args.results / "runs.csv.tmp", args.results / "runs.csv")
+    return failed
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     args.work, args.results = args.work.resolve(), args.results.resolve()
@@ -371,7 +413,7 @@ def main() -> None:
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        failed = run(todo, args)
+        failed = (confirm if args.confirm_changed else run)(todo, args)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -13,6 +13,7 @@ import pytest
 import report
 import run
 import sb3
+import suites
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -291,6 +292,30 @@ def test_evidence_outlives_comments_and_docstrings_but_no_change_of_code(copy, i
     assert run.source_sha256(impl, "ppo") == before
     edit(copy / file, "eps=1e-5", "eps=1e-6")
     assert run.source_sha256(impl, "ppo") != before
+
+
+def test_a_change_that_leaves_every_episode_as_it_was_is_confirmed_by_one_seed(copy, monkeypatch, capsys):
+    monkeypatch.setitem(run.SUITES, "tiny", [suites.Entry(["a2c"], ["CartPole-v1"], range(1, 3), 400, ("ours",))])
+    args = run.Args("tiny", work=copy / "work", results=copy / "results")
+    cells = run.cells_of("tiny")
+    assert run.run(cells, args) == 0
+    measured = run.read_runs(args.results)
+    first, episodes = measured.code_sha256.iloc[0], copy / "results" / "episodes"
+    assert set(measured.code_sha256) == {first}
+    assert run.confirm(cells, args) == 0 and not (copy / "work" / "confirm").exists(), "nothing has changed"
+
+    edit(copy / "algos" / "a2c.py", "logged_step = run.step\n", "logged_step = run.step + 0\n")
+    files = {path.name: path.read_bytes() for path in episodes.iterdir()}
+    assert run.confirm(cells, args) == 0
+    confirmed = run.read_runs(args.results)
+    assert set(confirmed.code_sha256) == {run.present_code(cells[0])} != {first}
+    assert confirmed.drop(columns="code_sha256").equals(measured.drop(columns="code_sha256"))
+    assert {path.name: path.read_bytes() for path in episodes.iterdir()} == files
+    assert len(list((copy / "work" / "confirm").glob("ours__*"))) == 1, "one seed is enough"
+
+    edit(copy / "algos" / "a2c.py", "gamma: float = 0.99", "gamma: float = 0.5")
+    assert run.confirm(cells, args) == 1 and "--rerun-changed" in capsys.readouterr().err
+    assert run.read_runs(args.results).equals(confirmed)
 
 
 # Statistics -------------------------------------------------------------------------------------------------
