@@ -64,6 +64,23 @@ PUBLISHED = {
 }
 """Figures that others give for the algorithm and environment; sources in PAGE."""
 
+REMARKS = {
+    ("classic", "reinforce"): (
+        "Solves CartPole as PPO does, at a budget that is too small for A2C. It learns from whole episodes: on Acrobot "
+        "half of the seeds never see the goal within the budget, where A2C and PPO always do, and on Pendulum it has "
+        "hardly begun to learn, no better than A2C and far behind PPO."
+    ),
+    ("classic", "kfac"): (
+        "Far ahead of A2C on CartPole and Pendulum, level with it on Acrobot; level with PPO but for Pendulum, where "
+        "one seed got stuck and most others stay a little behind."
+    ),
+    ("classic", "grpo"): (
+        "Ends level with PPO on CartPole and Acrobot without any critic, but takes longer. On Pendulum it has hardly "
+        "begun to learn: one advantage for all 200 actions of an episode says little about any of them."
+    ),
+}
+"""What to say of an algorithm in a suite that SB3 has no counterpart of; beside the figures, so without any."""
+
 PAGE = """\
 # Benchmarks
 
@@ -98,7 +115,7 @@ SUITE = """
 
 {table}
 
-![Learning curves of the suite {suite}]({plot})
+{remarks}![Learning curves of the suite {suite}]({plot})
 
 Training return of the episodes that ended in each fiftieth of the run: IQM over seeds, 95 % bootstrap band. Steps
 are those of ended episodes, so with many environments and long episodes a curve begins a little early.
@@ -128,6 +145,11 @@ which is the mean of that curve's last tenth; × is how many times fewer steps t
 to a fiftieth of the run, and with 3 seeds × is a rough figure.
 
 {table}
+
+ACKTR's authors claim 2 to 3 × fewer steps than A2C. K-FAC shows that here on Acrobot alone. On CartPole A2C climbs as
+fast and then falls back: its final return is low and both pass it early, but only K-FAC goes on to the maximum. On
+HalfCheetah A2C updates after every 64 environment steps and K-FAC after 1024, both see normalised observations, which
+are half of what a preconditioner is for, and the seeds differ by more than the algorithms.
 """
 
 REPRODUCE = """
@@ -442,6 +464,7 @@ def main() -> None:
         page += SUITE.format(
             suite=suite,
             table=markdown([comparison(*key, runs, group) for key, group in groups.items()]),
+            remarks="".join(f"- {algo}: {text}\n" for (of, algo), text in REMARKS.items() if of == suite) + "\n",
             plot=f"plots/{plot.name}",
             runs=run_table(runs.loc[[astuple(cell) for cell in recorded]].sort_index(level=KEY)),
         )
