@@ -24,7 +24,7 @@ its Ornstein-Uhlenbeck noise in steps of dt = 0.01 unless told otherwise, here d
 
     python algos/ddpg.py                                   # Pendulum-v1
     python algos/ddpg.py --noise ou --exploration-noise 0.2
-    python algos/ddpg.py --env-id HalfCheetah-v5 --seed 3  # everything measured is in benchmarks/README.md
+    python algos/ddpg.py --env-id HalfCheetah-v5 --seed 3
     python algos/ddpg.py --resume runs/HalfCheetah-v5__ddpg__3__…
     torchrun --nproc-per-node 2 algos/ddpg.py  # data parallel: each process has its own environments and
                                               # buffer, but after --resume all begin with rank 0's

@@ -29,7 +29,7 @@ Against Stable-Baselines3: the same update (parameters and α agree to 1e-5 afte
 tests/test_sac.py), but for the 1e-6 that SB3 adds to 1 − tanh² u.
 
     python algos/sac.py                                   # Pendulum-v1
-    python algos/sac.py --env-id HalfCheetah-v5 --seed 3  # everything measured is in benchmarks/README.md
+    python algos/sac.py --env-id HalfCheetah-v5 --seed 3
     python algos/sac.py --resume runs/HalfCheetah-v5__sac__3__…
     torchrun --nproc-per-node 2 algos/sac.py  # data parallel: each process has its own environments and
                                               # buffer, but after --resume all begin with rank 0's

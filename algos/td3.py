@@ -22,7 +22,7 @@ Against Stable-Baselines3: the same update (parameters agree to 1e-5 after many 
 its Ornstein-Uhlenbeck noise in steps of dt = 0.01 unless told otherwise, here dt = 1.
 
     python algos/td3.py                                  # Pendulum-v1
-    python algos/td3.py --env-id HalfCheetah-v5 --seed 3 # everything measured is in benchmarks/README.md
+    python algos/td3.py --env-id HalfCheetah-v5 --seed 3
     python algos/td3.py --resume runs/Hopper-v5__td3__3__…
     torchrun --nproc-per-node 2 algos/td3.py  # data parallel: each process has its own environments and
                                               # buffer, but after --resume all begin with rank 0's
