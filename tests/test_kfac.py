@@ -35,7 +35,7 @@ def make_batch(agent, size, states=None):
     """Random states, actions of the policy, advantages that depend on both, random returns."""
     states = torch.randn(size, agent.actor[0].in_features).double() if states is None else states
     with torch.no_grad():
-        actions = agent.sample(states, agent.draw_noise(size))
+        actions = agent.sample(agent.actor(states), agent.draw_noise(size))
     advantages = torch.randn(size).double() + states[:, 0] + (actions if agent.discrete else actions.sum(-1))
     return kfac.KFACBatch(states, actions, advantages, 2 * torch.randn(size).double() + states[:, 1])
 
@@ -59,7 +59,7 @@ def per_sample_gradients(values, network):
 
 
 def own_actions(agent, states, noise):
-    return agent.sample(states, noise).detach()
+    return agent.sample(agent.actor(states), noise).detach()
 
 
 def update(agent, curvature, batch, args=ARGS, annealed=1.0, noise=None, seen=None):

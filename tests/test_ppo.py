@@ -154,7 +154,7 @@ def test_samples_follow_the_distribution_whose_log_probability_is_taken(space):
     agent.actor[-1].weight.data *= 100
     obs = torch.randn(1, 4).expand(200_000, 4)
     with torch.no_grad():
-        actions = agent.sample(obs, agent.draw_noise(len(obs)))
+        actions = agent.sample(agent.actor(obs), agent.draw_noise(len(obs)))
         log_prob, entropy = agent.log_prob_and_entropy(obs, actions)
         if isinstance(space, Discrete):
             frequencies = actions.bincount(minlength=3) / len(obs)
@@ -166,7 +166,7 @@ def test_what_the_environment_takes_is_in_its_space():
     box, discrete = Box(np.float32([-1, 0]), np.float32([2, 0.5])), Discrete(3, start=5)
     agent = ppo.ActorCritic(Box(-1, 1, (4,)), box, (8,), log_std_init=3.0)
     obs = torch.randn(100, 4)
-    for action in agent.to_env(agent.sample(obs, agent.draw_noise(100))).detach().numpy():
+    for action in agent.to_env(agent.sample(agent.actor(obs), agent.draw_noise(100))).detach().numpy():
         assert box.contains(action)
     agent = ppo.ActorCritic(Discrete(4, start=1), discrete, (8,))
     for action in agent(torch.tensor([1, 2, 3, 4])).numpy():

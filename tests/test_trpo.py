@@ -24,7 +24,7 @@ def small_problem(kind, seed=0, dtype=torch.float64):
     agent.actor[-1].weight.data *= 50
     states = torch.randn(40, 3, dtype=dtype)
     with torch.no_grad():
-        actions = agent.sample(states, agent.draw_noise(40).to(dtype))
+        actions = agent.sample(agent.actor(states), agent.draw_noise(40).to(dtype))
     return agent, states, actions, torch.randn(40, dtype=dtype)
 
 
