@@ -308,34 +308,41 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
 
 
-class A2CBatch(NamedTuple):
-    """A rollout; first dimension B. States are encoded observations."""
+class Rollout(NamedTuple):
+    """T steps of N environments; all (T, N, …). States are encoded observations."""
 
     states: Tensor
+    next_states: Tensor
     actions: Tensor
-    advantages: Tensor
-    returns: Tensor
+    rewards: Tensor
+    terminated: Tensor
+    truncated: Tensor
 
 
-METRICS = ("policy_loss", "value_loss", "entropy")
+METRICS = ("policy_loss", "value_loss", "entropy", "values", "explained_variance")
 
 
-def a2c_loss(agent: ActorCritic, batch: A2CBatch, args: Args) -> tuple[Tensor, Tensor]:
-    """The loss L(θ) of a rollout, and METRICS (3,)."""
-    log_probs, entropy = agent.log_prob_and_entropy(batch.states, batch.actions)
-    advantages = batch.advantages
+def a2c_loss(agent: ActorCritic, states, actions, advantages, returns, args: Args) -> tuple[Tensor, Tensor]:
+    """The loss L(θ) of B samples, first dimension of all, and the first three METRICS (3,)."""
+    log_probs, entropy = agent.log_prob_and_entropy(states, actions)
     if args.normalize_advantages and len(advantages) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     policy_loss = -(log_probs * advantages.detach()).mean()
-    value_loss = F.mse_loss(agent.value(batch.states), batch.returns.detach())
+    value_loss = F.mse_loss(agent.value(states), returns.detach())
     entropy = entropy.mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     return loss, torch.stack([policy_loss, value_loss, entropy]).detach()
 
 
-def a2c_update(agent: ActorCritic, optimizer: torch.optim.Optimizer, batch: A2CBatch, args: Args) -> Tensor:
-    """One gradient step on a rollout. Returns METRICS before it."""
-    loss, metrics = a2c_loss(agent, batch, args)
+def a2c_update(agent: ActorCritic, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> Tensor:
+    """Advantages and returns of a rollout, and one gradient step on all of it. Returns METRICS before it, (5,)."""
+    states, next_states, actions, rewards, terminated, truncated = rollout
+    with torch.no_grad():
+        values, next_values = agent.value(torch.stack([states, next_states]))
+        advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
+        returns = advantages + values
+    loss, metrics = a2c_loss(agent, *(x.flatten(0, 1) for x in (states, actions, advantages, returns)), args)
+    metrics = torch.cat([metrics, torch.stack([values.mean(), explained_variance(values, returns)])])
     parameters = list(agent.parameters())
     gradients = torch.autograd.grad(loss, parameters)
     if dist.is_initialized():
@@ -396,7 +403,7 @@ def train(args: Args) -> dict:
             run.step += args.num_envs * world_size
             run.log_episodes(infos)
 
-        # Estimate advantages and returns; everything is (T, N).
+        # Update: one gradient step on the whole rollout; everything is (T, N, …).
         observations, next_observations, actions, rewards, terminated, truncated = zip(*rollout)
         observations = tensor(observations, agent.observation_dtype)
         next_observations = tensor(next_observations, agent.observation_dtype)
@@ -408,23 +415,16 @@ def train(args: Args) -> dict:
             discounted_return = discounted[-1] * ~done[-1]
             agent.return_statistics.update(discounted.flatten())
             rewards = agent.return_statistics.scale(rewards)
-        with torch.no_grad():
-            states = agent.encode(observations)
-            values, next_values = agent.value(torch.stack([states, agent.encode(next_observations)]))
-        advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
-        returns = advantages + values
-
-        # Update: one gradient step on the whole rollout.
-        batch = A2CBatch(*(x.flatten(0, 1) for x in (states, actions, advantages, returns)))
-        update_metrics = update(agent, optimizer, batch, args)
-        metrics.append(torch.stack([*update_metrics, values.mean(), explained_variance(values, returns)]))
+        states, next_states = agent.encode(observations), agent.encode(next_observations)
+        rollout = Rollout(states, next_states, actions, rewards, terminated, truncated)
+        metrics.append(update(agent, optimizer, rollout, args).clone())  # CUDA graphs reuse the memory of their outputs
         if agent.observation_statistics is not None:
             agent.observation_statistics.update(observations.flatten(0, 1))
 
         # Log.
         if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
             losses = torch.stack(metrics).mean(0).tolist()
-            run.log(dict(zip((*METRICS, "values", "explained_variance"), losses)), learning_rate=lr.item())
+            run.log(dict(zip(METRICS, losses)), learning_rate=lr.item())
             metrics, logged_step = [], run.step
         if run.step - run.saved_step >= args.checkpoint_every:
             run.checkpoint()

@@ -42,7 +42,7 @@ def test_the_loss_takes_advantages_and_returns_as_constants():
     states, actions = torch.randn(6, 3), torch.randint(2, (6,))
     advantages, returns = torch.randn(6, requires_grad=True), torch.randn(6, requires_grad=True)
     args = a2c.Args(ent_coef=0.1, vf_coef=0.7)
-    loss, metrics = a2c.a2c_loss(agent, a2c.A2CBatch(states, actions, advantages, returns), args)
+    loss, metrics = a2c.a2c_loss(agent, states, actions, advantages, returns, args)
     log_probs = agent.actor(states).log_softmax(-1)
     policy_loss = -(log_probs[range(6), actions] * advantages).mean()
     value_loss = (agent.critic(states).squeeze(-1) - returns).square().mean()
@@ -97,8 +97,7 @@ def test_update_parity_with_sb3(env_id, variant, record_property):
             values, next_values = agent.value(torch.stack([obs, next_obs]))
         advantages = a2c.gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
         assert_advantages_agree(model, advantages)
-        batch = a2c.A2CBatch(*(x.flatten(0, 1) for x in (obs, actions, advantages, advantages + values)))
-        a2c.a2c_update(agent, optimizer, batch, args)
+        a2c.a2c_update(agent, optimizer, a2c.Rollout(obs, next_obs, actions, rewards, terminated, truncated), args)
 
     follow(model, args.total_timesteps, update)
     reference = copy_weights(model.policy, a2c.ActorCritic(*spaces, args.hidden_sizes))

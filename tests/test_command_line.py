@@ -869,8 +869,9 @@ def ppo_step(agent, optimizer, part):
 
 
 def a2c_step(agent, optimizer, part):
-    states, actions, _, _, advantages, returns = part
-    a2c.a2c_update(agent, optimizer, a2c.A2CBatch(states, actions, advantages, returns), a2c.Args())
+    states, actions, rewards, signs, *_ = part
+    rollout = a2c.Rollout(states, states.roll(1, 1), actions, rewards, signs > 1, signs > 2)
+    a2c.a2c_update(agent, optimizer, a2c.Rollout(*(x.unsqueeze(0) for x in rollout)), a2c.Args())
 
 
 def trpo_step(agent, optimizer, part):
