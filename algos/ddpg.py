@@ -42,7 +42,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -307,22 +307,29 @@ def ddpg_update(agent, target, actor_optimizer, critic_optimizer, batch: Transit
     return torch.stack([critic_loss, q_values, actor_loss]).detach()
 
 
-def gradient_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of the optimiser, on the gradient's mean over the processes."""
+def make_optimizer(module: nn.Module, learning_rate: float, compile: bool = False) -> torch.optim.Adam:
+    """Adam on all parameters of `module` as one vector (P,), of which they become views.
+
+    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
+    another device, it has to go before.
+    """
     parameters = list(module.parameters())
-    gradients = torch.autograd.grad(loss, parameters)
-    if dist.is_initialized():
-        gradients = average_all(gradients)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
+    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(vector.data, parameters)
+    return torch.optim.Adam([vector], learning_rate, fused=not compile, capturable=compile)
+
+
+def gradient_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of a `make_optimizer(module)`, on the gradient's mean over the processes."""
+    gradients = torch.autograd.grad(loss, list(module.parameters()))
+    optimizer.param_groups[0]["params"][0].grad = average(torch.cat([x.flatten() for x in gradients]))
     optimizer.step()
 
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter."""
-    for old, new in zip(target.parameters(), online.parameters()):
-        old.lerp_(new, tau)
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -339,8 +346,7 @@ def train(args: Args) -> dict:
     agent = DeterministicActorCritic(*spaces, args.hidden_sizes).to(device)
     target = copy.deepcopy(agent).requires_grad_(False)
     actor_optimizer, critic_optimizer = (
-        torch.optim.Adam(x.parameters(), args.learning_rate, fused=not args.compile, capturable=args.compile)
-        for x in (agent.actor, agent.critic)
+        make_optimizer(x, args.learning_rate, args.compile) for x in (agent.actor, agent.critic)
     )
     update = compiled(ddpg_update, device) if args.compile else ddpg_update
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
@@ -449,12 +455,6 @@ def average(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
-
-
-def average_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of each over the processes of torchrun, in one message."""
-    flat = average(torch.cat([x.flatten() for x in tensors]))
-    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:

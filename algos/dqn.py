@@ -40,7 +40,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -331,16 +331,25 @@ def dqn_loss(network, target, batch: Transitions, discounts: Tensor | float, arg
     return loss, torch.stack([loss, q_values.mean()]).detach()
 
 
+def make_optimizer(module: nn.Module, learning_rate: float, compile: bool = False) -> torch.optim.Adam:
+    """Adam on all parameters of `module` as one vector (P,), of which they become views.
+
+    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
+    another device, it has to go before.
+    """
+    parameters = list(module.parameters())
+    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(vector.data, parameters)
+    return torch.optim.Adam([vector], learning_rate, fused=not compile, capturable=compile)
+
+
 def dqn_update(network, target, optimizer, batch: Transitions, discounts: Tensor | float, args: Args) -> Tensor:
-    """One gradient step on a minibatch. Returns METRICS before it."""
+    """One gradient step on a minibatch, with a `make_optimizer(network)`. Returns METRICS before it."""
     loss, metrics = dqn_loss(network, target, batch, discounts, args)
-    parameters = list(network.parameters())
-    gradients = torch.autograd.grad(loss, parameters)
-    if dist.is_initialized():
-        gradients = average_all(gradients)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
-    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+    (vector,) = optimizer.param_groups[0]["params"]
+    vector.grad = average(torch.cat([x.flatten() for x in gradients]))
+    nn.utils.clip_grad_norm_([vector], args.max_grad_norm)
     optimizer.step()
     return metrics
 
@@ -348,8 +357,7 @@ def dqn_update(network, target, optimizer, batch: Transitions, discounts: Tensor
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter."""
-    for old, new in zip(target.parameters(), online.parameters()):
-        old.lerp_(new, tau)
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -368,9 +376,7 @@ def train(args: Args) -> dict:
         fail("--exploration-start and --exploration-end are temperatures here and must be positive")
     network = QNetwork(*spaces, args.hidden_sizes).to(device)
     target = copy.deepcopy(network).requires_grad_(False)
-    optimizer = torch.optim.Adam(
-        network.parameters(), args.learning_rate, fused=not args.compile, capturable=args.compile
-    )
+    optimizer = make_optimizer(network, args.learning_rate, args.compile)
     update = compiled(dqn_update, device) if args.compile else dqn_update
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
     run = Run(args, rank, {"network": network, "target": target, "optimizer": optimizer, "buffer": buffer})
@@ -482,12 +488,6 @@ def average(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
-
-
-def average_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of each over the processes of torchrun, in one message."""
-    flat = average(torch.cat([x.flatten() for x in tensors]))
-    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:

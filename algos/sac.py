@@ -48,7 +48,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -159,7 +159,7 @@ def storage_dtype(space: gym.Space) -> torch.dtype:
 
 
 class EnsembleLinear(nn.Module):
-    """M linear layers side by side, each with its own weights, in one batched product: (M, B, in) → (M, B, out)."""
+    """M linear layers side by side, each with its own weights, in one product: (M or 1, B, in) → (M, B, out)."""
 
     def __init__(self, members: int, inputs: int, outputs: int):
         super().__init__()
@@ -167,9 +167,10 @@ class EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor, members: slice | Tensor) -> Tensor:
-        """Of the members asked for."""
-        return torch.baddbmm(self.bias[members], x, self.weight[members])
+    def forward(self, x: Tensor, members: slice | Tensor | None) -> Tensor:
+        """Of the members asked for, or of all; an index that takes all would copy the weights' gradients."""
+        weight, bias = (x if members is None else x[members] for x in (self.weight, self.bias))
+        return torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
 
 
 class CriticEnsemble(nn.Module):
@@ -180,10 +181,9 @@ class CriticEnsemble(nn.Module):
         sizes = itertools.pairwise([inputs, *hidden_sizes, 1])
         self.layers = nn.ModuleList(EnsembleLinear(members, *inputs_outputs) for inputs_outputs in sizes)
 
-    def forward(self, states: Tensor, actions: Tensor, members: slice | Tensor = slice(None)) -> Tensor:
+    def forward(self, states: Tensor, actions: Tensor, members: slice | Tensor | None = None) -> Tensor:
         """Values of the members asked for, all by default."""
-        x = torch.cat([states, actions], -1)
-        x = x.expand(len(self.layers[0].bias[members]), *x.shape)
+        x = torch.cat([states, actions], -1).unsqueeze(0)
         for layer in self.layers[:-1]:
             x = layer(x, members).relu()
         return self.layers[-1](x, members).squeeze(-1)
@@ -385,22 +385,29 @@ def sac_actor_update(agent, actor_optimizer, alpha_optimizer, batch: Transitions
     return torch.stack([loss, -log_probs.mean(), alpha]).detach()
 
 
-def gradient_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of the optimiser, on the gradient's mean over the processes."""
+def make_optimizer(module: nn.Module, learning_rate: float, compile: bool = False) -> torch.optim.Adam:
+    """Adam on all parameters of `module` as one vector (P,), of which they become views.
+
+    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
+    another device, it has to go before.
+    """
     parameters = list(module.parameters())
-    gradients = torch.autograd.grad(loss, parameters)
-    if dist.is_initialized():
-        gradients = average_all(gradients)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
+    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(vector.data, parameters)
+    return torch.optim.Adam([vector], learning_rate, fused=not compile, capturable=compile)
+
+
+def gradient_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of a `make_optimizer(module)`, on the gradient's mean over the processes."""
+    gradients = torch.autograd.grad(loss, list(module.parameters()))
+    optimizer.param_groups[0]["params"][0].grad = average(torch.cat([x.flatten() for x in gradients]))
     optimizer.step()
 
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter."""
-    for old, new in zip(target.parameters(), online.parameters()):
-        old.lerp_(new, tau)
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -421,8 +428,7 @@ def train(args: Args) -> dict:
     agent = SoftActorCritics(*spaces, args.hidden_sizes, args.num_critics, args.alpha).to(device)
     target = copy.deepcopy(agent.critics).requires_grad_(False)
     actor_optimizer, critic_optimizer, alpha_optimizer = (
-        torch.optim.Adam(x.parameters(), args.learning_rate, fused=not args.compile, capturable=args.compile)
-        for x in (agent.actor, agent.critics, agent.temperature)
+        make_optimizer(x, args.learning_rate, args.compile) for x in (agent.actor, agent.critics, agent.temperature)
     )
     update_critics, update_actor = (
         compiled(update, device) if args.compile else update for update in (sac_critic_update, sac_actor_update)
@@ -458,7 +464,7 @@ def train(args: Args) -> dict:
         if run.step > args.learning_starts:
             for _ in range(args.gradient_steps):
                 batch = buffer.get(buffer.draw_rows(args.batch_size))
-                members = slice(None)
+                members = None
                 if args.critic_subset < args.num_critics:
                     members = torch.randperm(args.num_critics, device=device)[: args.critic_subset]
                 noise = torch.randn_like(batch.actions)
@@ -546,12 +552,6 @@ def average(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
-
-
-def average_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of each over the processes of torchrun, in one message."""
-    flat = average(torch.cat([x.flatten() for x in tensors]))
-    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:
