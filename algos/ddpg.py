@@ -307,7 +307,7 @@ def ddpg_update(agent, target, actor_optimizer, critic_optimizer, batch: Transit
     return torch.stack([critic_loss, q_values, actor_loss]).detach()
 
 
-def make_optimizer(module: nn.Module, learning_rate: float, compile: bool = False) -> torch.optim.Adam:
+def make_optimizer(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to

@@ -100,6 +100,8 @@ class Args:
     """gradient steps per update, whatever the number of environments"""
     learning_rate: float = 6.3e-4
     """Adam's step size"""
+    anneal_lr: bool = False
+    """lower the learning rate linearly to 0"""
     gamma: float = 0.99
     """discount γ"""
     n_step: int = 1
@@ -331,7 +333,7 @@ def dqn_loss(network, target, batch: Transitions, discounts: Tensor | float, arg
     return loss, torch.stack([loss, q_values.mean()]).detach()
 
 
-def make_optimizer(module: nn.Module, learning_rate: float, compile: bool = False) -> torch.optim.Adam:
+def make_optimizer(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
@@ -376,10 +378,13 @@ def train(args: Args) -> dict:
         fail("--exploration-start and --exploration-end are temperatures here and must be positive")
     network = QNetwork(*spaces, args.hidden_sizes).to(device)
     target = copy.deepcopy(network).requires_grad_(False)
-    optimizer = make_optimizer(network, args.learning_rate, args.compile)
+    lr = torch.tensor(args.learning_rate, device=device)
+    optimizer = make_optimizer(network, lr, args.compile)
     update = compiled(dqn_update, device) if args.compile else dqn_update
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
     run = Run(args, rank, {"network": network, "target": target, "optimizer": optimizer, "buffer": buffer})
+    lr = lr.copy_(optimizer.param_groups[0]["lr"])  # a checkpoint brought its own
+    optimizer.param_groups[0]["lr"] = lr
     envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
 
     obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
@@ -406,6 +411,8 @@ def train(args: Args) -> dict:
                 polyak_update(target, network, args.tau)
 
         # Update on minibatches of everything in the buffer.
+        if args.anneal_lr:
+            lr.fill_(args.learning_rate * max(1 - run.step / args.total_timesteps, 0))
         if run.step > args.learning_starts:
             for _ in range(args.gradient_steps):
                 rows = buffer.draw_rows(args.batch_size)
@@ -418,7 +425,7 @@ def train(args: Args) -> dict:
         # Log.
         if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
             losses = average(torch.stack(metrics).mean(0)).tolist() if metrics else []
-            run.log(dict(zip(METRICS, losses)), exploration=exploration)
+            run.log(dict(zip(METRICS, losses)), exploration=exploration, learning_rate=lr.item())
             metrics, logged_step = [], run.step
         if run.step - run.saved_step >= args.checkpoint_every:
             run.checkpoint()

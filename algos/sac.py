@@ -385,7 +385,7 @@ def sac_actor_update(agent, actor_optimizer, alpha_optimizer, batch: Transitions
     return torch.stack([loss, -log_probs.mean(), alpha]).detach()
 
 
-def make_optimizer(module: nn.Module, learning_rate: float, compile: bool = False) -> torch.optim.Adam:
+def make_optimizer(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to

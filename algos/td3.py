@@ -348,7 +348,7 @@ def td3_actor_update(agent, target, optimizer, batch: Transitions, args: Args) -
     return loss.detach()
 
 
-def make_optimizer(module: nn.Module, learning_rate: float, compile: bool = False) -> torch.optim.Adam:
+def make_optimizer(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to

@@ -122,7 +122,7 @@ def dqn_model(args, env: VecEnv) -> DQN:
     return DQN(
         "MlpPolicy",
         env,
-        learning_rate=args.learning_rate,
+        learning_rate=lambda remaining: args.learning_rate * (max(remaining, 0.0) if args.anneal_lr else 1.0),
         buffer_size=args.buffer_size,
         learning_starts=args.learning_starts,
         batch_size=args.batch_size,

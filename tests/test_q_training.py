@@ -184,6 +184,21 @@ def test_dqns_exploration_falls_linearly(exploration, monkeypatch):
         assert call == (name, pytest.approx(max(0.9 - 0.8 * step / 200, 0.1)))
 
 
+@pytest.mark.parametrize("anneal", [True, False])
+def test_dqns_learning_rate_falls_linearly_if_asked_for(anneal, monkeypatch):
+    rates, update = [], dqn.dqn_update
+
+    def recorded(network, target, optimizer, *rest):
+        rates.append(optimizer.param_groups[0]["lr"].item())
+        return update(network, target, optimizer, *rest)
+
+    monkeypatch.setattr(dqn, "dqn_update", recorded)
+    flags = "--learning-starts 100 --train-frequency 40 --gradient-steps 1 --learning-rate 0.3"
+    diary_run(dqn, f"{flags} --{'' if anneal else 'no-'}anneal-lr")
+    steps = [160, 240, 320, 400]
+    assert rates == [pytest.approx(0.3 * (1 - step / 400) if anneal else 0.3) for step in steps]
+
+
 def test_dqn_trains_on_n_step_windows(monkeypatch):
     windows, given, update = [], [], dqn.dqn_update
     n_step_transitions = dqn.n_step_transitions
