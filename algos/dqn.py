@@ -131,8 +131,8 @@ class Args:
 # fmt: off
 RECOMMENDED = {
     "CartPole-v1": dict(
-        total_timesteps=50_000, batch_size=64, train_frequency=256, gradient_steps=128, learning_rate=2.3e-3,
-        target_frequency=10, exploration_end=0.04, exploration_fraction=0.16),
+        total_timesteps=50_000, train_frequency=64, gradient_steps=32, learning_rate=2e-3, anneal_lr=True, gamma=0.98,
+        target_frequency=256, exploration_end=0.04, exploration_fraction=0.16, hidden_sizes=(128, 128)),
     "Acrobot-v1": dict(buffer_size=50_000, learning_starts=1),
     "MountainCar-v0": dict(
         total_timesteps=120_000, buffer_size=10_000, train_frequency=16, gradient_steps=8, learning_rate=4e-3,
