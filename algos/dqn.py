@@ -15,6 +15,8 @@ where m = n (`--n-step`, 1 by default), or less where the episode ends before. D
   and with the newest step in the buffer, and bootstraps from there.
 - Huber and the bound on the gradient's norm: one surprising reward must not undo the network. But where outcomes
   differ by much more than 1, Huber finds something near their median, not their mean: then `--loss squared`.
+- At a constant learning rate the greedy policy is good at one moment and bad at the next: `--anneal-lr` where the
+  last one counts.
 - Transitions lie in tensors that are allocated once, observations in their own type (uint8 stays uint8).
 
 Against Stable-Baselines3: the same update with `--no-double` (parameters agree to 1e-5 after many updates, n-step
