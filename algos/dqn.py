@@ -393,6 +393,9 @@ def train(args: Args) -> dict:
     metrics = []
     logged_step = run.step
     while run.step < args.total_timesteps and not run.interrupted():
+        if args.anneal_lr:
+            lr.fill_(args.learning_rate * (1 - run.step / args.total_timesteps))
+
         # Collect a few steps from every environment.
         for _ in range(args.train_frequency):
             progress = run.step / (args.exploration_fraction * args.total_timesteps)
@@ -413,8 +416,6 @@ def train(args: Args) -> dict:
                 polyak_update(target, network, args.tau)
 
         # Update on minibatches of everything in the buffer.
-        if args.anneal_lr:
-            lr.fill_(args.learning_rate * max(1 - run.step / args.total_timesteps, 0))
         if run.step > args.learning_starts:
             for _ in range(args.gradient_steps):
                 rows = buffer.draw_rows(args.batch_size)

@@ -119,10 +119,11 @@ def trpo_model(args, env: VecEnv) -> TRPO:
 def dqn_model(args, env: VecEnv) -> DQN:
     """SB3's DQN with every hyperparameter of algos/dqn.py's Args but --double."""
     refuse_unless(args, exploration="epsilon", loss="huber")
+    rollout = args.train_frequency * args.num_envs / args.total_timesteps  # SB3 reads its schedules after it
     return DQN(
         "MlpPolicy",
         env,
-        learning_rate=lambda remaining: args.learning_rate * (max(remaining, 0.0) if args.anneal_lr else 1.0),
+        learning_rate=lambda remaining: args.learning_rate * (remaining + rollout if args.anneal_lr else 1.0),
         buffer_size=args.buffer_size,
         learning_starts=args.learning_starts,
         batch_size=args.batch_size,

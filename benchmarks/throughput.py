@@ -6,8 +6,9 @@
 The settings alternate within a round, so that what else the machine does falls on all of them, and a ratio is
 taken over SB3 of the same round. Each measurement is a process of its own, on the CPU, with one PyTorch thread or as
 many as the work's flags ask for: it trains for the work's steps and takes the time between two boundaries of training
-iterations, the first of them after warm-up and compilation. Writes benchmarks/results/throughput.csv and prints the
-ratios.
+iterations, the first of them after warm-up and compilation. The floor is what no implementation gets below: the
+environment's own time for a step, and the matrix products of training at the rate that this machine reaches for
+256 × 256. Writes benchmarks/results/throughput.csv and prints the ratios.
 """
 
 import importlib
@@ -15,18 +16,23 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
+from unittest.mock import patch
 
+import numpy as np
 import pandas as pd
 import torch
 import tyro
 from run import RESULTS, ROOT, last_line, source_sha256
 from sb3 import MODELS, make_env, parse_args
 from stable_baselines3.common.callbacks import BaseCallback
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 
@@ -86,7 +92,7 @@ WORKS = {
         for algo in ("ddpg", "td3", "sac")
     },
 }
-SETTINGS = ("eager", "compile", "sb3")
+SETTINGS = ("eager", "compile", "sb3", "floor")
 
 
 @dataclass
@@ -99,17 +105,21 @@ class Args:
     """folder of throughput.csv"""
 
 
-def boundaries_ours(algo: str, args) -> list[tuple[int, float]]:
-    """Trains; (environment steps, seconds) at the end of every training iteration."""
+def boundaries_ours(algo: str, args, clock: Callable[[], float] = perf_counter) -> list[tuple[int, float]]:
+    """Trains, without evaluation and export; (environment steps, clock) at the end of every logged iteration."""
     module, boundaries = importlib.import_module(algo), []
     log = module.Run.log
 
     def timed_log(run, *metrics, **charts) -> None:
         log(run, *metrics, **charts)
-        boundaries.append((run.step, perf_counter()))
+        boundaries.append((run.step, clock()))
 
-    module.Run.log = timed_log
-    module.train(args)
+    with (
+        patch.object(module.Run, "log", timed_log),
+        patch.object(module, "evaluate", lambda *_: np.zeros(1)),
+        patch.object(module, "export_policy"),
+    ):
+        module.train(args)
     return boundaries
 
 
@@ -132,16 +142,61 @@ def boundaries_sb3(algo: str, args) -> list[tuple[int, float]]:
     return boundaries
 
 
+def per_second(boundaries: list[tuple[int, float]], start: int) -> float:
+    """Steps per unit of the clock, from the first boundary at or after step `start` to the last one."""
+    measured = [(step, clock) for step, clock in boundaries if step >= start]
+    (first_step, first), (last_step, last) = measured[0], measured[-1]
+    return (last_step - first_step) / (last - first)
+
+
+def flops_per_step(algo: str, args) -> float:
+    """Floating-point operations in the matrix products of training, per environment step; overwrites two arguments."""
+    module = importlib.import_module(algo)
+    if hasattr(module, "LOG_EVERY"):
+        module.LOG_EVERY = 1  # a boundary after every iteration
+    start = getattr(args, "learning_starts", 0) + 1
+    args.total_timesteps = start + 3 * max(args.num_envs * getattr(args, "num_steps", 1), 16)
+    with FlopCounterMode(display=False) as counter:
+        return 1 / per_second(boundaries_ours(algo, args, counter.get_total_flops), start)
+
+
+def environment_steps_per_second(algo: str, args) -> float:
+    """Of the environments alone, with random actions, over 2 seconds."""
+    envs = importlib.import_module(algo).make_envs(args, args.num_envs)
+    envs.action_space.seed(0)
+    envs.reset(seed=0)
+    actions = [envs.action_space.sample() for _ in range(100)]
+    steps, start = 0, perf_counter()
+    while perf_counter() < start + 2:
+        for action in actions:
+            envs.step(action)
+        steps += len(actions) * args.num_envs
+    return steps / (perf_counter() - start)
+
+
+def matrix_flops_per_second(threads: int) -> float:
+    """Of products of 256 × 256 matrices."""
+    x = torch.randn(256, 256)
+    timer = Timer("x @ x", globals={"x": x}, num_threads=threads)
+    return 2 * 256**3 / timer.blocked_autorange(min_run_time=2).median
+
+
+def floor(algo: str, args) -> float:
+    """Environment steps per second, were the environment and training's matrix products all that takes time."""
+    environment = 1 / environment_steps_per_second(algo, args)
+    return 1 / (environment + flops_per_step(algo, args) / matrix_flops_per_second(args.torch_threads))
+
+
 def measure(work: Work, setting: str) -> float:
-    """Environment steps per second of one training, in this process."""
+    """Environment steps per second of one training, or of its floor, in this process."""
     with tempfile.TemporaryDirectory() as folder:
         argv = f"{work.flags} --total-timesteps {work.warmup_steps + work.steps} --eval-episodes 1 --device cpu".split()
         argv += ["--output-dir", folder] + (["--compile"] if setting == "compile" else [])
         args = parse_args(work.algo, argv)
+        if setting == "floor":
+            return floor(work.algo, args)
         boundaries = (boundaries_sb3 if setting == "sb3" else boundaries_ours)(work.algo, args)
-    measured = [(step, seconds) for step, seconds in boundaries if step >= work.warmup_steps]
-    (first_step, start), (last_step, end) = measured[0], measured[-1]
-    return (last_step - first_step) / (end - start)
+    return per_second(boundaries, work.warmup_steps)
 
 
 def measure_in_process(name: str, setting: str) -> float:
@@ -159,13 +214,17 @@ def measure_in_process(name: str, setting: str) -> float:
 
 
 def summary(measurements: pd.DataFrame) -> pd.DataFrame:
-    """Per work and setting: median steps/s; min, median and max over rounds of the ratio to SB3 in the same round."""
+    """Per work and setting: median steps/s, its ratio to SB3 and to the floor, each to that of the same round."""
     speeds = measurements.pivot_table(index=["work", "round"], columns="setting", values="steps_per_second", sort=False)
-    ratios = speeds.div(speeds["sb3"], axis=0).stack(future_stack=True).groupby(["work", "setting"], sort=False)
-    medians = speeds.stack(future_stack=True).groupby(["work", "setting"], sort=False).median()
-    return pd.DataFrame(
-        {"rounds": ratios.size(), "steps/s": medians} | {name: ratios.agg(name) for name in ("min", "median", "max")}
+    speeds = speeds.reindex(columns=SETTINGS)  # without the floor where it was not measured
+    over_sb3, of_floor, speeds = (
+        x.stack(future_stack=True).groupby(["work", "setting"], sort=False)
+        for x in (speeds.div(speeds["sb3"], axis=0), speeds.div(speeds["floor"], axis=0), speeds)
     )
+    columns = {"rounds": speeds.count(), "steps/s": speeds.median()}
+    columns |= {name: over_sb3.agg(name) for name in ("min", "median", "max")} | {"of floor": of_floor.median()}
+    table = pd.DataFrame(columns)
+    return table[table["rounds"] > 0]
 
 
 def main() -> None:
@@ -197,7 +256,9 @@ def main() -> None:
         measurements = pd.concat([old[~old["work"].isin(names)], measurements])
     args.results.mkdir(parents=True, exist_ok=True)
     measurements.to_csv(path, index=False)
-    print(summary(measurements).round({"steps/s": 0, "min": 2, "median": 2, "max": 2}).to_string())
+    print(
+        summary(measurements).round({"steps/s": 0} | dict.fromkeys(["min", "median", "max", "of floor"], 2)).to_string()
+    )
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def test_what_off_policy_algorithms_have_in_common_is_translated_to_sb3(algo):
     assert (model.seed, model.n_envs, model.learning_starts, model.batch_size, model.gamma) == (7, 5, 77, 41, 0.91)
     assert (model.buffer_size, model.replay_buffer.buffer_size) == (1235, 247)
     assert (model.train_freq.frequency, model.train_freq.unit.value, model.gradient_steps) == (3, "step", 6)
-    assert (model.lr_schedule(1.0), model.tau) == (0.0123, 0.23)
+    assert (model.lr_schedule(1 - 15 / 2000 if algo == "dqn" else 0.5), model.tau) == (pytest.approx(0.0123), 0.23)
     observations = model.observation_space.shape[0]
     layers = [x for x in model.policy.modules() if isinstance(x, torch.nn.Linear)]
     assert [tuple(x.weight.shape) for x in layers[:2]] == [(24, observations), (12, 24)]
@@ -201,7 +201,8 @@ def test_dqns_hyperparameters_are_translated_to_sb3():
     model = sb3_model("dqn")
     assert (model.n_steps, model.max_grad_norm, model.target_update_interval) == (4, 0.77, 35)
     assert model.replay_buffer.n_steps == 4
-    assert [model.lr_schedule(x) for x in (1.0, 0.5, -0.1)] == pytest.approx([0.0123, 0.0123 / 2, 0])
+    iteration = 3 * 5 / 2000  # SB3 asks for its schedule after the rollout, ours stands at the iteration's beginning
+    assert [model.lr_schedule(x - iteration) for x in (1.0, 0.5)] == pytest.approx([0.0123, 0.0123 / 2])
     assert sb3_model("dqn", anneal_lr=False).lr_schedule(0.5) == pytest.approx(0.0123)
     assert (model.exploration_initial_eps, model.exploration_final_eps, model.exploration_fraction) == (0.9, 0.21, 0.43)
 

@@ -1,0 +1,55 @@
+"""benchmarks/throughput.py: the ratios, and the floor that they are compared with."""
+
+import importlib
+
+import pandas as pd
+import pytest
+import throughput
+
+
+def test_ratios_are_taken_within_a_round():
+    """SB3 slows down by half from one round to the next, ours by a third; one work has no floor."""
+    speeds = {"eager": (30, 20), "sb3": (20, 10), "floor": (60, 50)}
+    rows = [("a", setting, i, x) for setting, pair in speeds.items() for i, x in enumerate(pair)]
+    rows += [("b", "eager", 0, 9), ("b", "sb3", 0, 3)]
+    table = throughput.summary(pd.DataFrame(rows, columns=["work", "setting", "round", "steps_per_second"]))
+    eager = table.loc[("a", "eager")]
+    assert list(eager) == pytest.approx([2, 25, 1.5, 1.75, 2, (0.5 + 0.4) / 2])
+    assert table.loc[("a", "floor"), "median"] == pytest.approx((3 + 5) / 2)
+    assert table.loc[("b", "eager"), "median"] == 3 and pd.isna(table.loc[("b", "eager"), "of floor"])
+    assert ("a", "compile") not in table.index and ("b", "floor") not in table.index
+
+
+def test_speed_is_measured_after_the_warm_up():
+    assert throughput.per_second([(10, 0.0), (20, 5.0), (30, 6.0), (50, 8.0)], start=15) == pytest.approx(30 / 3)
+
+
+def test_floating_point_operations_of_a_ddpg_update():
+    """Products of inputs × outputs of every layer, forward, for its weights and for its inputs, where they count."""
+    flags = "--env-id Pendulum-v1 --hidden-sizes 16 8 --batch-size 32 --learning-starts 40 --eval-episodes 1"
+    args = importlib.import_module("ddpg").parse_args(flags.split())
+    actor, critic = 3 * 16 + 16 * 8 + 8 * 1, 4 * 16 + 16 * 8 + 8 * 1
+    target = actor + critic
+    critic_step = 3 * critic - 4 * 16  # nobody asks for the gradient of its inputs
+    actor_step = 3 * actor - 3 * 16 + 2 * critic  # nor for that of the critic's weights
+    expected = 2 * (32 * (target + critic_step + actor_step) + actor)
+    assert throughput.flops_per_step("ddpg", args) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("algo, env_id", [("ppo", "CartPole-v1"), ("trpo", "Pendulum-v1"), ("sac", "Pendulum-v1")])
+def test_the_floor_is_below_no_measurement(algo, env_id):
+    flags = "--num-steps 64" if algo != "sac" else "--learning-starts 300 --batch-size 32 --hidden-sizes 32 32"
+    work = throughput.Work(algo, f"--env-id {env_id} --num-envs 1 {flags}", warmup_steps=320, steps=1024)
+    speed, floor = (throughput.measure(work, setting) for setting in ("eager", "floor"))
+    assert 0 < speed < floor
+
+
+def test_what_was_measured_is_the_training(monkeypatch):
+    """Evaluation and export are not part of it, and Run is as it was afterwards."""
+    module = importlib.import_module("a2c")
+    log = module.Run.log
+    monkeypatch.setattr(module, "evaluate", lambda *_: pytest.fail("evaluated"))
+    args = module.parse_args("--total-timesteps 2000 --num-envs 2".split())
+    boundaries = throughput.boundaries_ours("a2c", args)
+    assert [step for step, _ in boundaries] == [1000, 2000]
+    assert module.Run.log is log
