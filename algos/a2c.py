@@ -354,7 +354,7 @@ def a2c_update(agent: ActorCritic, optimizer: torch.optim.Optimizer, rollout: Ro
     return metrics
 
 
-def a2c_optimizer(parameters: Iterator[nn.Parameter], lr: Tensor, args: Args) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Iterator[nn.Parameter], lr: Tensor, args: Args) -> torch.optim.Optimizer:
     """RMSprop or Adam; its learning rate is a tensor, so that a compiled update sees it change."""
     if args.optimizer == "adam":
         return torch.optim.Adam(parameters, lr, eps=1e-5, fused=not args.compile, capturable=args.compile)
@@ -373,7 +373,7 @@ def train(args: Args) -> dict:
     spaces = check_spaces(args, (Discrete, Box))
     agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
     lr = torch.tensor(args.learning_rate, device=device)
-    optimizer = a2c_optimizer(agent.parameters(), lr, args)
+    optimizer = make_optimizer(agent.parameters(), lr, args)
     update = compiled(a2c_update, device) if args.compile else a2c_update
     run = Run(args, rank, {"agent": agent, "optimizer": optimizer})
     lr = lr.copy_(optimizer.param_groups[0]["lr"])  # a checkpoint brought its own

@@ -300,14 +300,14 @@ METRICS = ("critic_loss", "q_values", "actor_loss")
 def ddpg_update(agent, target, actor_optimizer, critic_optimizer, batch: Transitions, args: Args) -> Tensor:
     """One gradient step of the critic, one of the policy, and the targets follow. Returns METRICS (3,) before each."""
     critic_loss, q_values = ddpg_critic_loss(agent, target, batch, args)
-    gradient_step(agent.critic, critic_optimizer, critic_loss)
+    vector_step(agent.critic, critic_optimizer, critic_loss)
     actor_loss = ddpg_actor_loss(agent, agent.encode(batch.observations))
-    gradient_step(agent.actor, actor_optimizer, actor_loss)
+    vector_step(agent.actor, actor_optimizer, actor_loss)
     polyak_update(target, agent, args.tau)
     return torch.stack([critic_loss, q_values, actor_loss]).detach()
 
 
-def make_optimizer(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
+def vector_adam(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
@@ -319,8 +319,8 @@ def make_optimizer(module: nn.Module, learning_rate: float | Tensor, compile: bo
     return torch.optim.Adam([vector], learning_rate, fused=not compile, capturable=compile)
 
 
-def gradient_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of a `make_optimizer(module)`, on the gradient's mean over the processes."""
+def vector_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of a `vector_adam(module)`, on the gradient's mean over the processes."""
     gradients = torch.autograd.grad(loss, list(module.parameters()))
     optimizer.param_groups[0]["params"][0].grad = average(torch.cat([x.flatten() for x in gradients]))
     optimizer.step()
@@ -346,7 +346,7 @@ def train(args: Args) -> dict:
     agent = DeterministicActorCritic(*spaces, args.hidden_sizes).to(device)
     target = copy.deepcopy(agent).requires_grad_(False)
     actor_optimizer, critic_optimizer = (
-        make_optimizer(x, args.learning_rate, args.compile) for x in (agent.actor, agent.critic)
+        vector_adam(x, args.learning_rate, args.compile) for x in (agent.actor, agent.critic)
     )
     update = compiled(ddpg_update, device) if args.compile else ddpg_update
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)

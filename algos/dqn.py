@@ -335,7 +335,7 @@ def dqn_loss(network, target, batch: Transitions, discounts: Tensor | float, arg
     return loss, torch.stack([loss, q_values.mean()]).detach()
 
 
-def make_optimizer(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
+def vector_adam(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
@@ -348,7 +348,7 @@ def make_optimizer(module: nn.Module, learning_rate: float | Tensor, compile: bo
 
 
 def dqn_update(network, target, optimizer, batch: Transitions, discounts: Tensor | float, args: Args) -> Tensor:
-    """One gradient step on a minibatch, with a `make_optimizer(network)`. Returns METRICS before it."""
+    """One gradient step on a minibatch, with a `vector_adam(network)`. Returns METRICS before it."""
     loss, metrics = dqn_loss(network, target, batch, discounts, args)
     gradients = torch.autograd.grad(loss, list(network.parameters()))
     (vector,) = optimizer.param_groups[0]["params"]
@@ -381,7 +381,7 @@ def train(args: Args) -> dict:
     network = QNetwork(*spaces, args.hidden_sizes).to(device)
     target = copy.deepcopy(network).requires_grad_(False)
     lr = torch.tensor(args.learning_rate, device=device)
-    optimizer = make_optimizer(network, lr, args.compile)
+    optimizer = vector_adam(network, lr, args.compile)
     update = compiled(dqn_update, device) if args.compile else dqn_update
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
     run = Run(args, rank, {"network": network, "target": target, "optimizer": optimizer, "buffer": buffer})

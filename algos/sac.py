@@ -367,7 +367,7 @@ ACTOR_METRICS = ("actor_loss", "entropy", "alpha")
 def sac_critic_update(agent, target, optimizer, batch: Transitions, noise, members, args: Args) -> Tensor:
     """One gradient step of the critics, which their targets follow. Returns CRITIC_METRICS (2,) before it."""
     loss, q_values = sac_critic_loss(agent, target, batch, noise, members, args)
-    gradient_step(agent.critics, optimizer, loss)
+    vector_step(agent.critics, optimizer, loss)
     polyak_update(target, agent.critics, args.tau)
     return torch.stack([loss, q_values]).detach()
 
@@ -377,15 +377,15 @@ def sac_actor_update(agent, actor_optimizer, alpha_optimizer, batch: Transitions
     alpha = agent.alpha
     states = agent.encode(batch.observations)
     loss, log_probs = sac_actor_loss(agent, states, noise, alpha, use_mean=args.critic_subset < args.num_critics)
-    gradient_step(agent.actor, actor_optimizer, loss)
+    vector_step(agent.actor, actor_optimizer, loss)
     if args.autotune:
         target_entropy = -agent.action_size if args.target_entropy is None else args.target_entropy
         alpha_loss = temperature_loss(agent.temperature["log_alpha"], log_probs, target_entropy)
-        gradient_step(agent.temperature, alpha_optimizer, alpha_loss)
+        vector_step(agent.temperature, alpha_optimizer, alpha_loss)
     return torch.stack([loss, -log_probs.mean(), alpha]).detach()
 
 
-def make_optimizer(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
+def vector_adam(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
@@ -397,8 +397,8 @@ def make_optimizer(module: nn.Module, learning_rate: float | Tensor, compile: bo
     return torch.optim.Adam([vector], learning_rate, fused=not compile, capturable=compile)
 
 
-def gradient_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of a `make_optimizer(module)`, on the gradient's mean over the processes."""
+def vector_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of a `vector_adam(module)`, on the gradient's mean over the processes."""
     gradients = torch.autograd.grad(loss, list(module.parameters()))
     optimizer.param_groups[0]["params"][0].grad = average(torch.cat([x.flatten() for x in gradients]))
     optimizer.step()
@@ -428,7 +428,7 @@ def train(args: Args) -> dict:
     agent = SoftActorCritics(*spaces, args.hidden_sizes, args.num_critics, args.alpha).to(device)
     target = copy.deepcopy(agent.critics).requires_grad_(False)
     actor_optimizer, critic_optimizer, alpha_optimizer = (
-        make_optimizer(x, args.learning_rate, args.compile) for x in (agent.actor, agent.critics, agent.temperature)
+        vector_adam(x, args.learning_rate, args.compile) for x in (agent.actor, agent.critics, agent.temperature)
     )
     update_critics, update_actor = (
         compiled(update, device) if args.compile else update for update in (sac_critic_update, sac_actor_update)

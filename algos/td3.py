@@ -336,19 +336,19 @@ def td3_actor_loss(agent, states: Tensor) -> Tensor:
 def td3_critic_update(agent, target, optimizer, batch: Transitions, noise: Tensor, args: Args) -> Tensor:
     """One gradient step of the critics on a minibatch. Returns their loss and mean value (2,) before it."""
     loss, q_values = td3_critic_loss(agent, target, batch, noise, args)
-    gradient_step(agent.critics, optimizer, loss)
+    vector_step(agent.critics, optimizer, loss)
     return torch.stack([loss, q_values]).detach()
 
 
 def td3_actor_update(agent, target, optimizer, batch: Transitions, args: Args) -> Tensor:
     """One gradient step of the policy; then the target networks follow. Returns the policy's loss before it."""
     loss = td3_actor_loss(agent, agent.encode(batch.observations))
-    gradient_step(agent.actor, optimizer, loss)
+    vector_step(agent.actor, optimizer, loss)
     polyak_update(target, agent, args.tau)
     return loss.detach()
 
 
-def make_optimizer(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
+def vector_adam(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
@@ -360,8 +360,8 @@ def make_optimizer(module: nn.Module, learning_rate: float | Tensor, compile: bo
     return torch.optim.Adam([vector], learning_rate, fused=not compile, capturable=compile)
 
 
-def gradient_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of a `make_optimizer(module)`, on the gradient's mean over the processes."""
+def vector_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of a `vector_adam(module)`, on the gradient's mean over the processes."""
     gradients = torch.autograd.grad(loss, list(module.parameters()))
     optimizer.param_groups[0]["params"][0].grad = average(torch.cat([x.flatten() for x in gradients]))
     optimizer.step()
@@ -387,7 +387,7 @@ def train(args: Args) -> dict:
     agent = DeterministicActorCritics(*spaces, args.hidden_sizes, args.num_critics).to(device)
     target = copy.deepcopy(agent).requires_grad_(False)
     actor_optimizer, critic_optimizer = (
-        make_optimizer(x, args.learning_rate, args.compile) for x in (agent.actor, agent.critics)
+        vector_adam(x, args.learning_rate, args.compile) for x in (agent.actor, agent.critics)
     )
     update_critics, update_actor = (
         compiled(update, device) if args.compile else update for update in (td3_critic_update, td3_actor_update)

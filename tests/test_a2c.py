@@ -88,7 +88,7 @@ def test_update_parity_with_sb3(env_id, variant, record_property):
     agent = copy_weights(model.policy, a2c.ActorCritic(*spaces, args.hidden_sizes))
     before = {name: p.clone() for name, p in agent.named_parameters()}
     lr = torch.tensor(args.learning_rate)
-    optimizer = a2c.a2c_optimizer(agent.parameters(), lr, args)
+    optimizer = a2c.make_optimizer(agent.parameters(), lr, args)
 
     def update(obs, next_obs, actions, rewards, terminated, truncated):
         if args.anneal_lr:

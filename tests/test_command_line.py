@@ -905,7 +905,7 @@ class DQNAgent(torch.nn.Module):
 
 def dqn_agent(module):
     agent = DQNAgent()
-    return agent, module.make_optimizer(agent.network, 1e-2)
+    return agent, module.vector_adam(agent.network, 1e-2)
 
 
 def dqn_step(agent, optimizer, part):

@@ -62,7 +62,7 @@ def test_updates_agree_with_sb3(record_property):
         for x, y in zip(ours.parameters(), theirs.parameters(), strict=True):
             x.data.copy_(y.data)
     target, start = (copy.deepcopy(agent).requires_grad_(False) for _ in range(2))
-    optimizers = [ddpg.make_optimizer(x, 1e-3) for x in (agent.actor, agent.critic)]
+    optimizers = [ddpg.vector_adam(x, 1e-3) for x in (agent.actor, agent.critic)]
     buffer = ddpg.ReplayBuffer(300, 1, env.observation_space, env.action_space, CPU)
 
     def update(rows):
@@ -82,10 +82,10 @@ def test_adam_on_one_vector_is_adam_on_each_parameter():
     torch.manual_seed(0)
     ours = ddpg.relu_mlp([3, 8, 2])
     theirs, start = copy.deepcopy(ours), copy.deepcopy(ours.state_dict())
-    pairs = [(ours, ddpg.make_optimizer(ours, 1e-2)), (theirs, torch.optim.Adam(theirs.parameters(), 1e-2))]
+    pairs = [(ours, ddpg.vector_adam(ours, 1e-2)), (theirs, torch.optim.Adam(theirs.parameters(), 1e-2))]
     for _ in range(2):
         for x in torch.randn(3, 16, 3):
-            ddpg.gradient_step(*pairs[0], ours(x).square().mean())
+            ddpg.vector_step(*pairs[0], ours(x).square().mean())
             pairs[1][1].zero_grad()
             theirs(x).square().mean().backward()
             pairs[1][1].step()

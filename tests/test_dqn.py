@@ -107,7 +107,7 @@ def test_loss_and_its_gradient_against_the_definition(double, loss):
 def test_an_update_bounds_the_gradient_and_leaves_the_target_alone():
     network, target, batch = network_and_batch()
     before = copy.deepcopy(target.state_dict())
-    optimizer = torch.optim.SGD(dqn.make_optimizer(network, 1.0).param_groups[0]["params"], lr=1.0)
+    optimizer = torch.optim.SGD(dqn.vector_adam(network, 1.0).param_groups[0]["params"], lr=1.0)
     for bound in (1e-3, 1e9):
         old = torch.cat([p.detach().flatten().clone() for p in network.parameters()])
         dqn.dqn_update(network, target, optimizer, batch, 0.9, dqn.Args(max_grad_norm=bound))
@@ -174,7 +174,7 @@ def test_updates_agree_with_sb3(n_step, record_property):
         ours.data.copy_(theirs.data)
     target = copy.deepcopy(network).requires_grad_(False)
     before = copy.deepcopy(network.state_dict())
-    optimizer = dqn.make_optimizer(network, args.learning_rate)
+    optimizer = dqn.vector_adam(network, args.learning_rate)
     buffer = dqn.ReplayBuffer(300, 1, env.observation_space, env.action_space, CPU)
     seen = 100
 
@@ -209,7 +209,7 @@ def value_of_left(double: bool, seed: int) -> float:
     torch.manual_seed(seed)
     network = dqn.QNetwork(Discrete(2), Discrete(8), (16,))
     target = copy.deepcopy(network).requires_grad_(False)
-    optimizer = dqn.make_optimizer(network, 0.02)
+    optimizer = dqn.vector_adam(network, 0.02)
     args = dqn.Args(double=double, loss="squared")
     values = []
     for i in range(3000):

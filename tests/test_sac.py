@@ -100,8 +100,8 @@ def make_agent(num_critics=2, seed=0, alpha=0.5):
 
 
 def sgd(module, learning_rate):
-    """Gradient descent on the vector of `make_optimizer`."""
-    return torch.optim.SGD(sac.make_optimizer(module, 1.0).param_groups[0]["params"], learning_rate)
+    """Gradient descent on the vector of `vector_adam`."""
+    return torch.optim.SGD(sac.vector_adam(module, 1.0).param_groups[0]["params"], learning_rate)
 
 
 def make_batch(size=32):
@@ -176,7 +176,7 @@ def test_the_target_entropy_is_minus_the_number_of_actions_or_as_asked_for(targe
 def test_the_policy_climbs_the_mean_of_critics_if_targets_draw_a_subset(subset):
     agent, _ = make_agent(num_critics=5)
     batch, noise = make_batch(), torch.randn(32, 2)
-    optimizers = [sac.make_optimizer(x, 1e-3) for x in (agent.actor, agent.temperature)]
+    optimizers = [sac.vector_adam(x, 1e-3) for x in (agent.actor, agent.temperature)]
     expected, _ = sac.sac_actor_loss(agent, batch.observations, noise, agent.alpha, use_mean=subset == 2)
     args = sac.Args(num_critics=5, critic_subset=subset)
     torch.testing.assert_close(sac.sac_actor_update(agent, *optimizers, batch, noise, args)[0], expected.detach())
@@ -196,7 +196,7 @@ def test_the_deviation_is_bounded():
 def test_updates_move_what_they_should_and_nothing_else(autotune):
     agent, target = make_agent()
     batch, noise, args = make_batch(), torch.randn(32, 2), sac.Args(autotune=autotune)
-    optimizers = {name: sac.make_optimizer(getattr(agent, name), 1e-2) for name in ("actor", "critics", "temperature")}
+    optimizers = {name: sac.vector_adam(getattr(agent, name), 1e-2) for name in ("actor", "critics", "temperature")}
 
     def moved(update):
         parts = {name: getattr(agent, name) for name in optimizers} | {"target": target}
@@ -270,8 +270,8 @@ def test_updates_agree_with_sb3(record_property):
     copy_actor(model.actor, agent.actor)
     copy_critics(model.critic, agent.critics)
     target, start = copy.deepcopy(agent.critics).requires_grad_(False), copy.deepcopy(agent)
-    optimizers = [sac.make_optimizer(x, 1e-3) for x in (agent.actor, agent.temperature)]
-    critic_optimizer = sac.make_optimizer(agent.critics, 1e-3)
+    optimizers = [sac.vector_adam(x, 1e-3) for x in (agent.actor, agent.temperature)]
+    critic_optimizer = sac.vector_adam(agent.critics, 1e-3)
     buffer = sac.ReplayBuffer(300, 1, env.observation_space, env.action_space, CPU)
 
     def update(rows):

@@ -84,7 +84,7 @@ def test_smoothing_stays_within_both_bounds():
 
 def test_updates_move_what_they_should_and_nothing_else():
     agent, target, batch = agent_and_batch()
-    optimizers = [td3.make_optimizer(x, 1e-2) for x in (agent.actor, agent.critics)]
+    optimizers = [td3.vector_adam(x, 1e-2) for x in (agent.actor, agent.critics)]
     noise = torch.randn(32, 2)
 
     def moved(update):
@@ -146,7 +146,7 @@ def test_updates_agree_with_sb3(num_critics, record_property):
     copy_critics(model.critic, agent.critics)
     target = copy.deepcopy(agent).requires_grad_(False)
     start = copy.deepcopy(agent)
-    actor_optimizer, critic_optimizer = (td3.make_optimizer(x, 1e-3) for x in (agent.actor, agent.critics))
+    actor_optimizer, critic_optimizer = (td3.vector_adam(x, 1e-3) for x in (agent.actor, agent.critics))
     buffer = td3.ReplayBuffer(300, 1, env.observation_space, env.action_space, CPU)
     updates = 0
 
