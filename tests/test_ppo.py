@@ -1,5 +1,6 @@
 """algos/ppo.py: the maths against closed forms, and whole updates against Stable-Baselines3's."""
 
+import importlib
 import itertools
 
 import numpy as np
@@ -238,3 +239,20 @@ def test_update_parity_with_sb3(env_id, variant, monkeypatch, record_property):
     record_property("relative difference", worst)
     print(f"{env_id}, {variant}: largest relative difference of a parameter {worst:.1e}")
     assert worst < 1e-5
+
+
+@pytest.mark.parametrize("algo", ["ppo", "a2c", "trpo", "kfac"])
+def test_the_policy_without_modules_is_the_policy(algo):
+    """Also after its weights have moved and after it has taken over a state; it records no gradients."""
+    agent = importlib.import_module(algo).ActorCritic(Box(-1, 1, (4,)), Discrete(3), (16, 8))
+    function = importlib.import_module(algo).without_modules(agent.actor)
+    obs = torch.randn(5, 4)
+    for _ in range(2):
+        torch.testing.assert_close(function(obs), agent.actor(obs).detach())
+        assert not function(obs).requires_grad
+        with torch.no_grad():
+            for parameter in agent.actor.parameters():
+                parameter.add_(torch.randn_like(parameter))
+    torch.testing.assert_close(function(obs), agent.actor(obs).detach())
+    agent.load_state_dict({name: x / 2 for name, x in agent.state_dict().items()})
+    torch.testing.assert_close(function(obs), agent.actor(obs).detach())
