@@ -69,7 +69,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads for PyTorch; one is fastest for networks this small"""
     compile: bool = False
-    """compile the update with torch.compile (CUDA graphs on a GPU), its T steps unrolled: pays in runs of several minutes"""
+    """compile the update, its T steps unrolled (CUDA graphs on a GPU): pays in runs of several minutes"""
     output_dir: str = "runs"
     """folder that run directories are made in"""
     resume: str | None = None
