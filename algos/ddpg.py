@@ -134,7 +134,7 @@ def relu_mlp(sizes: list[int]) -> nn.Sequential:
     """ReLU layers of the given sizes, the last one linear; PyTorch's own initialisation."""
     layers = []
     for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
@@ -236,7 +236,7 @@ class ReplayBuffer:
 
     def get(self, rows: Tensor) -> Transitions:
         """The transitions in rows (B,)."""
-        return Transitions(*(stored[rows] for stored in self.data))
+        return Transitions(*(stored.index_select(0, rows) for stored in self.data))
 
     def state_dict(self) -> dict:
         """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""

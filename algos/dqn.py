@@ -152,7 +152,7 @@ def relu_mlp(sizes: list[int]) -> nn.Sequential:
     """ReLU layers of the given sizes, the last one linear; PyTorch's own initialisation."""
     layers = []
     for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
@@ -245,7 +245,7 @@ class ReplayBuffer:
 
     def get(self, rows: Tensor) -> Transitions:
         """The transitions in rows (B,)."""
-        return Transitions(*(stored[rows] for stored in self.data))
+        return Transitions(*(stored.index_select(0, rows) for stored in self.data))
 
     def state_dict(self) -> dict:
         """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""
@@ -352,8 +352,8 @@ def dqn_update(network, target, optimizer, batch: Transitions, discounts: Tensor
     loss, metrics = dqn_loss(network, target, batch, discounts, args)
     gradients = torch.autograd.grad(loss, list(network.parameters()))
     (vector,) = optimizer.param_groups[0]["params"]
-    vector.grad = average(torch.cat([x.flatten() for x in gradients]))
-    nn.utils.clip_grad_norm_([vector], args.max_grad_norm)
+    gradient = average(torch.cat([x.flatten() for x in gradients]))
+    vector.grad = gradient * (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)
     optimizer.step()
     return metrics
 

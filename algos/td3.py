@@ -140,7 +140,7 @@ def relu_mlp(sizes: list[int]) -> nn.Sequential:
     """ReLU layers of the given sizes, the last one linear; PyTorch's own initialisation."""
     layers = []
     for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
@@ -178,7 +178,7 @@ class CriticEnsemble(nn.Module):
         """Values of the members asked for, all by default."""
         x = torch.cat([states, actions], -1).unsqueeze(0)
         for layer in self.layers[:-1]:
-            x = layer(x, members).relu()
+            x = layer(x, members).relu_()
         return self.layers[-1](x, members).squeeze(-1)
 
 
@@ -269,7 +269,7 @@ class ReplayBuffer:
 
     def get(self, rows: Tensor) -> Transitions:
         """The transitions in rows (B,)."""
-        return Transitions(*(stored[rows] for stored in self.data))
+        return Transitions(*(stored.index_select(0, rows) for stored in self.data))
 
     def state_dict(self) -> dict:
         """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""
