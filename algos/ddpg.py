@@ -294,20 +294,34 @@ def ddpg_actor_loss(agent, states: Tensor) -> Tensor:
     return -agent.q_value(states, agent.actor(states)).mean()
 
 
+def ddpg_critic_gradient(agent, target, batch: Transitions, args: Args) -> tuple[Tensor, Tensor]:
+    """∇L(θ), and (2,): the loss and the mean value."""
+    loss, q_values = ddpg_critic_loss(agent, target, batch, args)
+    return gradient_vector(loss, agent.critic), torch.stack([loss, q_values]).detach()
+
+
+def ddpg_actor_gradient(agent, batch: Transitions) -> tuple[Tensor, Tensor]:
+    """−∇J(φ), and the loss (1,)."""
+    loss = ddpg_actor_loss(agent, agent.encode(batch.observations))
+    return gradient_vector(loss, agent.actor), loss.detach().unsqueeze(0)
+
+
+GRADIENTS = ddpg_critic_gradient, ddpg_actor_gradient
 METRICS = ("critic_loss", "q_values", "actor_loss")
 
 
-def ddpg_update(agent, target, actor_optimizer, critic_optimizer, batch: Transitions, args: Args) -> Tensor:
+def ddpg_update(agent, target, actor_optimizer, critic_optimizer, batch, args: Args, gradients=GRADIENTS) -> Tensor:
     """One gradient step of the critic, one of the policy, and the targets follow. Returns METRICS (3,) before each."""
-    critic_loss, q_values = ddpg_critic_loss(agent, target, batch, args)
-    vector_step(agent.critic, critic_optimizer, critic_loss)
-    actor_loss = ddpg_actor_loss(agent, agent.encode(batch.observations))
-    vector_step(agent.actor, actor_optimizer, actor_loss)
+    critic_gradient, actor_gradient = gradients
+    gradient, critic_metrics = critic_gradient(agent, target, batch, args)
+    vector_step(critic_optimizer, gradient)
+    gradient, actor_metrics = actor_gradient(agent, batch)
+    vector_step(actor_optimizer, gradient)
     polyak_update(target, agent, args.tau)
-    return torch.stack([critic_loss, q_values, actor_loss]).detach()
+    return torch.cat([critic_metrics, actor_metrics])
 
 
-def vector_adam(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
+def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
@@ -316,13 +330,18 @@ def vector_adam(module: nn.Module, learning_rate: float | Tensor, compile: bool 
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     nn.utils.vector_to_parameters(vector.data, parameters)
-    return torch.optim.Adam([vector], learning_rate, fused=not compile, capturable=compile)
+    return torch.optim.Adam([vector], learning_rate, fused=True)
 
 
-def vector_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of a `vector_adam(module)`, on the gradient's mean over the processes."""
+def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
+    """∇loss with respect to all parameters of `module` as one vector (P,), its mean over the processes."""
     gradients = torch.autograd.grad(loss, list(module.parameters()))
-    optimizer.param_groups[0]["params"][0].grad = average(torch.cat([x.flatten() for x in gradients]))
+    return average(torch.cat([x.flatten() for x in gradients]))
+
+
+def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
+    """One step of a `vector_adam` along a gradient (P,)."""
+    optimizer.param_groups[0]["params"][0].grad = gradient
     optimizer.step()
 
 
@@ -345,10 +364,8 @@ def train(args: Args) -> dict:
     check_bounds(args, spaces[1])
     agent = DeterministicActorCritic(*spaces, args.hidden_sizes).to(device)
     target = copy.deepcopy(agent).requires_grad_(False)
-    actor_optimizer, critic_optimizer = (
-        vector_adam(x, args.learning_rate, args.compile) for x in (agent.actor, agent.critic)
-    )
-    update = compiled(ddpg_update, device) if args.compile else ddpg_update
+    actor_optimizer, critic_optimizer = (vector_adam(x, args.learning_rate) for x in (agent.actor, agent.critic))
+    gradients = [compiled(x, device) for x in GRADIENTS] if args.compile else GRADIENTS
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
     modules = {"agent": agent, "target": target, "buffer": buffer}
     run = Run(args, rank, modules | {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer})
@@ -380,7 +397,8 @@ def train(args: Args) -> dict:
         if run.step > args.learning_starts:
             for _ in range(args.gradient_steps):
                 batch = buffer.get(buffer.draw_rows(args.batch_size))
-                metrics.append(update(agent, target, actor_optimizer, critic_optimizer, batch, args).clone())
+                new = ddpg_update(agent, target, actor_optimizer, critic_optimizer, batch, args, gradients)
+                metrics.append(new)
 
         # Log.
         if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
@@ -458,7 +476,7 @@ def average(x: Tensor) -> Tensor:
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile of forward, backward and optimiser in one; on CUDA replayed as CUDA graphs."""
+    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
         torch._dynamo.config.trace_autograd_ops = True
     return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)

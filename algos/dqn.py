@@ -335,7 +335,7 @@ def dqn_loss(network, target, batch: Transitions, discounts: Tensor | float, arg
     return loss, torch.stack([loss, q_values.mean()]).detach()
 
 
-def vector_adam(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
+def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
@@ -344,17 +344,32 @@ def vector_adam(module: nn.Module, learning_rate: float | Tensor, compile: bool 
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     nn.utils.vector_to_parameters(vector.data, parameters)
-    return torch.optim.Adam([vector], learning_rate, fused=not compile, capturable=compile)
+    return torch.optim.Adam([vector], learning_rate, fused=True)
 
 
-def dqn_update(network, target, optimizer, batch: Transitions, discounts: Tensor | float, args: Args) -> Tensor:
-    """One gradient step on a minibatch, with a `vector_adam(network)`. Returns METRICS before it."""
-    loss, metrics = dqn_loss(network, target, batch, discounts, args)
-    gradients = torch.autograd.grad(loss, list(network.parameters()))
-    (vector,) = optimizer.param_groups[0]["params"]
-    gradient = average(torch.cat([x.flatten() for x in gradients]))
-    vector.grad = gradient * (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)
+def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
+    """∇loss with respect to all parameters of `module` as one vector (P,), its mean over the processes."""
+    gradients = torch.autograd.grad(loss, list(module.parameters()))
+    return average(torch.cat([x.flatten() for x in gradients]))
+
+
+def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
+    """One step of a `vector_adam` along a gradient (P,)."""
+    optimizer.param_groups[0]["params"][0].grad = gradient
     optimizer.step()
+
+
+def dqn_gradient(network, target, batch: Transitions, discounts: Tensor | float, args: Args) -> tuple[Tensor, Tensor]:
+    """∇L(θ) on a minibatch, of norm --max-grad-norm at most, and METRICS (2,)."""
+    loss, metrics = dqn_loss(network, target, batch, discounts, args)
+    gradient = gradient_vector(loss, network)
+    return gradient * (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1), metrics
+
+
+def dqn_update(network, target, optimizer, batch, discounts, args: Args, gradient_of=dqn_gradient) -> Tensor:
+    """One gradient step on a minibatch, with a `vector_adam(network)`. Returns METRICS before it."""
+    gradient, metrics = gradient_of(network, target, batch, discounts, args)
+    vector_step(optimizer, gradient)
     return metrics
 
 
@@ -380,13 +395,10 @@ def train(args: Args) -> dict:
         fail("--exploration-start and --exploration-end are temperatures here and must be positive")
     network = QNetwork(*spaces, args.hidden_sizes).to(device)
     target = copy.deepcopy(network).requires_grad_(False)
-    lr = torch.tensor(args.learning_rate, device=device)
-    optimizer = vector_adam(network, lr, args.compile)
-    update = compiled(dqn_update, device) if args.compile else dqn_update
+    optimizer = vector_adam(network, args.learning_rate)
+    gradient_of = compiled(dqn_gradient, device) if args.compile else dqn_gradient
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
     run = Run(args, rank, {"network": network, "target": target, "optimizer": optimizer, "buffer": buffer})
-    lr = lr.copy_(optimizer.param_groups[0]["lr"])  # a checkpoint brought its own
-    optimizer.param_groups[0]["lr"] = lr
     envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
 
     obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
@@ -394,7 +406,7 @@ def train(args: Args) -> dict:
     logged_step = run.step
     while run.step < args.total_timesteps and not run.interrupted():
         if args.anneal_lr:
-            lr.fill_(args.learning_rate * (1 - run.step / args.total_timesteps))
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.step / args.total_timesteps)
 
         # Collect a few steps from every environment.
         for _ in range(args.train_frequency):
@@ -423,12 +435,12 @@ def train(args: Args) -> dict:
                     batch, discounts = buffer.get(rows), args.gamma
                 else:
                     batch, discounts = n_step_transitions(buffer, rows, args.n_step, args.gamma)
-                metrics.append(update(network, target, optimizer, batch, discounts, args).clone())
+                metrics.append(dqn_update(network, target, optimizer, batch, discounts, args, gradient_of).clone())
 
         # Log.
         if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
             losses = average(torch.stack(metrics).mean(0)).tolist() if metrics else []
-            run.log(dict(zip(METRICS, losses)), exploration=exploration, learning_rate=lr.item())
+            run.log(dict(zip(METRICS, losses)), exploration=exploration, learning_rate=optimizer.param_groups[0]["lr"])
             metrics, logged_step = [], run.step
         if run.step - run.saved_step >= args.checkpoint_every:
             run.checkpoint()
@@ -501,7 +513,7 @@ def average(x: Tensor) -> Tensor:
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile of forward, backward and optimiser in one; on CUDA replayed as CUDA graphs."""
+    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
         torch._dynamo.config.trace_autograd_ops = True
     return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)

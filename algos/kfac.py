@@ -664,7 +664,7 @@ def average_all(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile of forward, backward and optimiser in one; on CUDA replayed as CUDA graphs."""
+    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
         torch._dynamo.config.trace_autograd_ops = True
     return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)

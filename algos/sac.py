@@ -364,28 +364,47 @@ CRITIC_METRICS = ("critic_loss", "q_values")
 ACTOR_METRICS = ("actor_loss", "entropy", "alpha")
 
 
-def sac_critic_update(agent, target, optimizer, batch: Transitions, noise, members, args: Args) -> Tensor:
-    """One gradient step of the critics, which their targets follow. Returns CRITIC_METRICS (2,) before it."""
+def sac_critic_gradient(agent, target, batch: Transitions, noise, members, args: Args) -> tuple[Tensor, Tensor]:
+    """∇L(θ) on a minibatch, and CRITIC_METRICS (2,)."""
     loss, q_values = sac_critic_loss(agent, target, batch, noise, members, args)
-    vector_step(agent.critics, optimizer, loss)
-    polyak_update(target, agent.critics, args.tau)
-    return torch.stack([loss, q_values]).detach()
+    return gradient_vector(loss, agent.critics), torch.stack([loss, q_values]).detach()
 
 
-def sac_actor_update(agent, actor_optimizer, alpha_optimizer, batch: Transitions, noise, args: Args) -> Tensor:
-    """One gradient step of the policy and, with --autotune, of α. Returns ACTOR_METRICS (3,) before it."""
+def sac_actor_gradient(agent, batch: Transitions, noise: Tensor, args: Args) -> tuple[Tensor, Tensor | None, Tensor]:
+    """−∇J(φ) on a minibatch, the temperature's gradient (1,) with --autotune, and ACTOR_METRICS (3,)."""
     alpha = agent.alpha
     states = agent.encode(batch.observations)
     loss, log_probs = sac_actor_loss(agent, states, noise, alpha, use_mean=args.critic_subset < args.num_critics)
-    vector_step(agent.actor, actor_optimizer, loss)
+    alpha_gradient = None
     if args.autotune:
         target_entropy = -agent.action_size if args.target_entropy is None else args.target_entropy
         alpha_loss = temperature_loss(agent.temperature["log_alpha"], log_probs, target_entropy)
-        vector_step(agent.temperature, alpha_optimizer, alpha_loss)
-    return torch.stack([loss, -log_probs.mean(), alpha]).detach()
+        alpha_gradient = gradient_vector(alpha_loss, agent.temperature)
+    return gradient_vector(loss, agent.actor), alpha_gradient, torch.stack([loss, -log_probs.mean(), alpha]).detach()
 
 
-def vector_adam(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
+def sac_critic_update(
+    agent, target, optimizer, batch, noise, members, args: Args, gradient_of=sac_critic_gradient
+) -> Tensor:
+    """One gradient step of the critics, which their targets follow. Returns CRITIC_METRICS (2,) before it."""
+    gradient, metrics = gradient_of(agent, target, batch, noise, members, args)
+    vector_step(optimizer, gradient)
+    polyak_update(target, agent.critics, args.tau)
+    return metrics
+
+
+def sac_actor_update(
+    agent, actor_optimizer, alpha_optimizer, batch, noise, args: Args, gradients_of=sac_actor_gradient
+) -> Tensor:
+    """One gradient step of the policy and, with --autotune, of α. Returns ACTOR_METRICS (3,) before it."""
+    gradient, alpha_gradient, metrics = gradients_of(agent, batch, noise, args)
+    vector_step(actor_optimizer, gradient)
+    if args.autotune:
+        vector_step(alpha_optimizer, alpha_gradient)
+    return metrics
+
+
+def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
@@ -394,13 +413,18 @@ def vector_adam(module: nn.Module, learning_rate: float | Tensor, compile: bool 
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     nn.utils.vector_to_parameters(vector.data, parameters)
-    return torch.optim.Adam([vector], learning_rate, fused=not compile, capturable=compile)
+    return torch.optim.Adam([vector], learning_rate, fused=True)
 
 
-def vector_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of a `vector_adam(module)`, on the gradient's mean over the processes."""
+def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
+    """∇loss with respect to all parameters of `module` as one vector (P,), its mean over the processes."""
     gradients = torch.autograd.grad(loss, list(module.parameters()))
-    optimizer.param_groups[0]["params"][0].grad = average(torch.cat([x.flatten() for x in gradients]))
+    return average(torch.cat([x.flatten() for x in gradients]))
+
+
+def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
+    """One step of a `vector_adam` along a gradient (P,)."""
+    optimizer.param_groups[0]["params"][0].grad = gradient
     optimizer.step()
 
 
@@ -428,10 +452,10 @@ def train(args: Args) -> dict:
     agent = SoftActorCritics(*spaces, args.hidden_sizes, args.num_critics, args.alpha).to(device)
     target = copy.deepcopy(agent.critics).requires_grad_(False)
     actor_optimizer, critic_optimizer, alpha_optimizer = (
-        vector_adam(x, args.learning_rate, args.compile) for x in (agent.actor, agent.critics, agent.temperature)
+        vector_adam(x, args.learning_rate) for x in (agent.actor, agent.critics, agent.temperature)
     )
-    update_critics, update_actor = (
-        compiled(update, device) if args.compile else update for update in (sac_critic_update, sac_actor_update)
+    critic_gradient, actor_gradient = (
+        compiled(x, device) if args.compile else x for x in (sac_critic_gradient, sac_actor_gradient)
     )
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
     counter = nn.Module()  # a module, so that a checkpoint holds it
@@ -468,12 +492,16 @@ def train(args: Args) -> dict:
                 if args.critic_subset < args.num_critics:
                     members = torch.randperm(args.num_critics, device=device)[: args.critic_subset]
                 noise = torch.randn_like(batch.actions)
-                metrics = update_critics(agent, target, critic_optimizer, batch, noise, members, args)
+                metrics = sac_critic_update(
+                    agent, target, critic_optimizer, batch, noise, members, args, critic_gradient
+                )
                 critic_metrics.append(metrics.clone())
                 counter.updates += 1
                 if counter.updates % args.policy_delay == 0:
                     noise = torch.randn_like(batch.actions)
-                    metrics = update_actor(agent, actor_optimizer, alpha_optimizer, batch, noise, args)
+                    metrics = sac_actor_update(
+                        agent, actor_optimizer, alpha_optimizer, batch, noise, args, actor_gradient
+                    )
                     actor_metrics.append(metrics.clone())
 
         # Log.
@@ -555,7 +583,7 @@ def average(x: Tensor) -> Tensor:
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile of forward, backward and optimiser in one; on CUDA replayed as CUDA graphs."""
+    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
         torch._dynamo.config.trace_autograd_ops = True
     return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)

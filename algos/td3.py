@@ -333,22 +333,34 @@ def td3_actor_loss(agent, states: Tensor) -> Tensor:
     return -agent.critics(states, agent.actor(states), members=slice(1)).mean()
 
 
-def td3_critic_update(agent, target, optimizer, batch: Transitions, noise: Tensor, args: Args) -> Tensor:
-    """One gradient step of the critics on a minibatch. Returns their loss and mean value (2,) before it."""
+def td3_critic_gradient(agent, target, batch: Transitions, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """∇L(θ) on a minibatch, and (2,): the loss and the mean value."""
     loss, q_values = td3_critic_loss(agent, target, batch, noise, args)
-    vector_step(agent.critics, optimizer, loss)
-    return torch.stack([loss, q_values]).detach()
+    return gradient_vector(loss, agent.critics), torch.stack([loss, q_values]).detach()
 
 
-def td3_actor_update(agent, target, optimizer, batch: Transitions, args: Args) -> Tensor:
-    """One gradient step of the policy; then the target networks follow. Returns the policy's loss before it."""
+def td3_actor_gradient(agent, batch: Transitions) -> tuple[Tensor, Tensor]:
+    """−∇J(φ) on a minibatch, and the loss."""
     loss = td3_actor_loss(agent, agent.encode(batch.observations))
-    vector_step(agent.actor, optimizer, loss)
+    return gradient_vector(loss, agent.actor), loss.detach()
+
+
+def td3_critic_update(agent, target, optimizer, batch, noise, args: Args, gradient_of=td3_critic_gradient) -> Tensor:
+    """One gradient step of the critics on a minibatch. Returns their loss and mean value (2,) before it."""
+    gradient, metrics = gradient_of(agent, target, batch, noise, args)
+    vector_step(optimizer, gradient)
+    return metrics
+
+
+def td3_actor_update(agent, target, optimizer, batch, args: Args, gradient_of=td3_actor_gradient) -> Tensor:
+    """One gradient step of the policy; then the target networks follow. Returns the policy's loss before it."""
+    gradient, loss = gradient_of(agent, batch)
+    vector_step(optimizer, gradient)
     polyak_update(target, agent, args.tau)
-    return loss.detach()
+    return loss
 
 
-def vector_adam(module: nn.Module, learning_rate: float | Tensor, compile: bool = False) -> torch.optim.Adam:
+def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
@@ -357,13 +369,18 @@ def vector_adam(module: nn.Module, learning_rate: float | Tensor, compile: bool 
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
     nn.utils.vector_to_parameters(vector.data, parameters)
-    return torch.optim.Adam([vector], learning_rate, fused=not compile, capturable=compile)
+    return torch.optim.Adam([vector], learning_rate, fused=True)
 
 
-def vector_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of a `vector_adam(module)`, on the gradient's mean over the processes."""
+def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
+    """∇loss with respect to all parameters of `module` as one vector (P,), its mean over the processes."""
     gradients = torch.autograd.grad(loss, list(module.parameters()))
-    optimizer.param_groups[0]["params"][0].grad = average(torch.cat([x.flatten() for x in gradients]))
+    return average(torch.cat([x.flatten() for x in gradients]))
+
+
+def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
+    """One step of a `vector_adam` along a gradient (P,)."""
+    optimizer.param_groups[0]["params"][0].grad = gradient
     optimizer.step()
 
 
@@ -386,11 +403,9 @@ def train(args: Args) -> dict:
     check_bounds(args, spaces[1])
     agent = DeterministicActorCritics(*spaces, args.hidden_sizes, args.num_critics).to(device)
     target = copy.deepcopy(agent).requires_grad_(False)
-    actor_optimizer, critic_optimizer = (
-        vector_adam(x, args.learning_rate, args.compile) for x in (agent.actor, agent.critics)
-    )
-    update_critics, update_actor = (
-        compiled(update, device) if args.compile else update for update in (td3_critic_update, td3_actor_update)
+    actor_optimizer, critic_optimizer = (vector_adam(x, args.learning_rate) for x in (agent.actor, agent.critics))
+    critic_gradient, actor_gradient = (
+        compiled(x, device) if args.compile else x for x in (td3_critic_gradient, td3_actor_gradient)
     )
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
     counter = nn.Module()  # a module, so that a checkpoint holds it
@@ -426,10 +441,12 @@ def train(args: Args) -> dict:
             for _ in range(args.gradient_steps):
                 batch = buffer.get(buffer.draw_rows(args.batch_size))
                 smoothing = torch.randn_like(batch.actions) * args.target_noise
-                critic_metrics.append(update_critics(agent, target, critic_optimizer, batch, smoothing, args).clone())
+                metrics = td3_critic_update(agent, target, critic_optimizer, batch, smoothing, args, critic_gradient)
+                critic_metrics.append(metrics.clone())
                 counter.updates += 1
                 if counter.updates % args.policy_delay == 0:
-                    actor_losses.append(update_actor(agent, target, actor_optimizer, batch, args).clone())
+                    loss = td3_actor_update(agent, target, actor_optimizer, batch, args, actor_gradient)
+                    actor_losses.append(loss.clone())
 
         # Log.
         if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
@@ -511,7 +528,7 @@ def average(x: Tensor) -> Tensor:
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile of forward, backward and optimiser in one; on CUDA replayed as CUDA graphs."""
+    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
         torch._dynamo.config.trace_autograd_ops = True
     return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)

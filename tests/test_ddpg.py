@@ -85,7 +85,7 @@ def test_adam_on_one_vector_is_adam_on_each_parameter():
     pairs = [(ours, ddpg.vector_adam(ours, 1e-2)), (theirs, torch.optim.Adam(theirs.parameters(), 1e-2))]
     for _ in range(2):
         for x in torch.randn(3, 16, 3):
-            ddpg.vector_step(*pairs[0], ours(x).square().mean())
+            ddpg.vector_step(pairs[0][1], ddpg.gradient_vector(ours(x).square().mean(), ours))
             pairs[1][1].zero_grad()
             theirs(x).square().mean().backward()
             pairs[1][1].step()

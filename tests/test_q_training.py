@@ -189,7 +189,7 @@ def test_dqns_learning_rate_falls_linearly_if_asked_for(anneal, monkeypatch):
     rates, update = [], dqn.dqn_update
 
     def recorded(network, target, optimizer, *rest):
-        rates.append(optimizer.param_groups[0]["lr"].item())
+        rates.append(optimizer.param_groups[0]["lr"])
         return update(network, target, optimizer, *rest)
 
     monkeypatch.setattr(dqn, "dqn_update", recorded)

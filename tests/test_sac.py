@@ -229,9 +229,9 @@ def test_the_target_follows_by_tau():
 def test_redq_draws_other_critics_for_each_target(monkeypatch):
     drawn, update = [], sac.sac_critic_update
 
-    def recorded(agent, target, optimizer, batch, noise, members, args):
+    def recorded(agent, target, optimizer, batch, noise, members, *rest):
         drawn.append(members)
-        return update(agent, target, optimizer, batch, noise, members, args)
+        return update(agent, target, optimizer, batch, noise, members, *rest)
 
     monkeypatch.setattr(sac, "sac_critic_update", recorded)
     actor_updates, actor_update = [], sac.sac_actor_update
