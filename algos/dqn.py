@@ -134,7 +134,7 @@ class Args:
 RECOMMENDED = {
     "CartPole-v1": dict(
         total_timesteps=50_000, train_frequency=64, gradient_steps=32, learning_rate=2e-3, anneal_lr=True, gamma=0.98,
-        target_frequency=256, exploration_end=0.04, exploration_fraction=0.16, hidden_sizes=(128, 128)),
+        n_step=3, target_frequency=128, exploration_end=0.04, exploration_fraction=0.16, hidden_sizes=(128, 128)),
     "Acrobot-v1": dict(buffer_size=50_000, learning_starts=1),
     "MountainCar-v0": dict(
         total_timesteps=120_000, buffer_size=10_000, train_frequency=16, gradient_steps=8, learning_rate=4e-3,
