@@ -126,6 +126,19 @@ def test_of_a_two_mode_expert_the_gaussian_makes_a_third_mode_and_the_other_head
     assert collided["gaussian"] > 0.95 and collided["mixture"] < 0.05 and collided["autoregressive"] < 0.05
 
 
+def test_standardises_by_the_moments_of_the_data():
+    torch.manual_seed(5)
+    obs, actions = 3 * torch.randn(300, 2) + 5, 7 * torch.randn(300, 2) - 2
+    policy = policy_for(Box(np.float32([-1, -np.inf]), np.float32([4, np.inf])))
+    policy.standardise(obs, actions)
+    torch.testing.assert_close(policy.mean, obs.mean(0))
+    torch.testing.assert_close(policy.std, obs.std(0, correction=0))
+    mean, std = actions[:, 1].mean().item(), actions[:, 1].std(correction=0).item()
+    torch.testing.assert_close(policy.low, torch.tensor([-1, mean - 3 * std]))
+    torch.testing.assert_close(policy.high, torch.tensor([4, mean + 3 * std]))
+    assert policy.to_env(torch.tensor([[2.0, 2.0]]))[0].tolist() == pytest.approx([4, mean + 6 * std])
+
+
 class Recall(gym.Env):
     """Shows −1 or 1 at random; the reward is 1 where the action tells the one before."""
 
@@ -166,6 +179,8 @@ def test_an_expert_that_remembers_needs_a_history(history, low, high, monkeypatc
     flags = f"--env-id Recall-v0 --history {history} --total-timesteps 2000 --epochs 20 --eval-episodes 5"
     result = bc.train(bc.parse_args(flags.split()))
     assert low <= result["returns"].mean() <= high
+    rows = (result["run_dir"] / "monitor.csv").read_text().splitlines()[2:]
+    assert np.mean([float(row.split(",")[0]) for row in rows]) > 48, "the expert sees the newest observation"
     seen = torch.load(result["run_dir"] / "checkpoint.pt", weights_only=True)["demonstrations"]["observations"]
     assert seen.shape == (2000, history)
     if history == 2:

@@ -36,6 +36,9 @@ def test_labels_are_the_experts_in_the_learners_states(monkeypatch):
     assert len(labels) == 400 and (data["actions"].numpy() == labels).all()
     assert (done[:100] == labels[:100]).all(), "in the first iteration the expert acts"
     assert 0.2 < (done[100:] == labels[100:]).mean() < 0.8, "from the second on the learner does"
+    learner = torch.load(run_dir / "checkpoint.pt", weights_only=True)["learner"]
+    torch.testing.assert_close(learner["mean"], data["observations"].mean(0))
+    torch.testing.assert_close(learner["std"], data["observations"].std(0, correction=0))
     for now, then in ((0, 2), (150, 152)):
         if not (data["terminated"][now] | data["truncated"][now]):
             assert torch.equal(data["next_observations"][now], data["observations"][then]), (
