@@ -287,7 +287,8 @@ class ClonedPolicy(nn.Module):
 
         def moments(x: Tensor) -> tuple[Tensor, Tensor]:
             mean = average(x.mean(0))
-            return mean, average((x - mean).square().mean(0)).sqrt().clamp(min=1e-6)
+            std = average((x - mean).square().mean(0)).sqrt()
+            return mean, torch.where(std < 1e-6, 1.0, std)  # what never varied may do so later
 
         if not self.one_hot:
             self.mean, self.std = moments(obs.float())
@@ -458,7 +459,7 @@ def fit(
     size = len(obs) - max(1, int(args.holdout * len(obs)))
     steps = math.ceil(average(torch.tensor(float(size))).item() / args.batch_size)  # the same in every process
     best, best_epoch, best_weights, loss = math.inf, 0, copy.deepcopy(policy.state_dict()), torch.tensor(0.0)
-    for epoch in range(args.epochs):
+    for epoch in tqdm(range(args.epochs), desc="cloning", unit="epoch", leave=False, disable=None):  # on a terminal
         if stop():
             break
         order, losses = torch.randperm(size, device=obs.device), []
@@ -601,6 +602,7 @@ def train_expert(args: Args, path: Path, spaces: tuple[gym.Space, gym.Space]) ->
     tqdm.write(f"expert for {args.env_id}: {mean:.2f} ± {std:.2f} over 10 episodes, kept in {path}", file=sys.stderr)
 
 
+@torch.random.fork_rng()  # Stable-Baselines3 seeds the whole process
 def find_expert(args: Args, rank: int, spaces: tuple[gym.Space, gym.Space]) -> Expert:
     """The expert of --expert, or the one that was trained before, or one trained now."""
     if args.expert is not None:

@@ -159,7 +159,8 @@ class Learner(nn.Module):
         """Takes over the mean and deviation of observations (B, …)."""
         if not self.one_hot:
             self.mean = average(obs.float().mean(0))
-            self.std = average((obs.float() - self.mean).square().mean(0)).sqrt().clamp(min=1e-6)
+            std = average((obs.float() - self.mean).square().mean(0)).sqrt()
+            self.std = torch.where(std < 1e-6, 1.0, std)  # what never varied may do so later
 
     def outputs(self, obs: Tensor) -> Tensor:
         """Logits, or actions in [−1, 1] (…, A)."""
@@ -423,6 +424,7 @@ def train_expert(args: Args, path: Path, spaces: tuple[gym.Space, gym.Space]) ->
     tqdm.write(f"expert for {args.env_id}: {mean:.2f} ± {std:.2f} over 10 episodes, kept in {path}", file=sys.stderr)
 
 
+@torch.random.fork_rng()  # Stable-Baselines3 seeds the whole process
 def find_expert(args: Args, rank: int, spaces: tuple[gym.Space, gym.Space]) -> Expert:
     """The expert of --expert, or the one that was trained before, or one trained now."""
     if args.expert is not None:

@@ -114,12 +114,13 @@ def test_recovers_a_linear_gaussian_expert_to_the_least_squares_solution(space):
 def test_of_a_two_mode_expert_the_gaussian_makes_a_third_mode_and_the_other_heads_do_not():
     """Left or right around an obstacle, and the second dimension has to agree with the first: never the mean."""
     torch.manual_seed(2)
-    obs = torch.randn(2000, 2)
-    side = torch.randint(2, (2000, 1)) * 2.0 - 1
-    actions = 0.7 * side.expand(-1, 2) + 0.05 * torch.randn(2000, 2)
+    obs = torch.randn(1000, 2)
+    side = torch.randint(2, (1000, 1)) * 2.0 - 1
+    actions = 0.7 * side.expand(-1, 2) + 0.05 * torch.randn(1000, 2)
     collided = {}
     for head in ("gaussian", "mixture", "autoregressive"):
-        chosen = fitted(policy_for(head=head, components=3), obs, actions)(torch.randn(200, 2))
+        policy = fitted(policy_for(head=head, components=3), obs, actions, epochs=30)
+        chosen = policy(torch.randn(200, 2))
         passed = (chosen.abs() - 0.7).abs().max(1).values < 0.25
         collided[head] = 1 - (passed & (chosen[:, 0].sign() == chosen[:, 1].sign())).float().mean().item()
     print(f"runs into the obstacle: {collided}")
@@ -137,6 +138,8 @@ def test_standardises_by_the_moments_of_the_data():
     torch.testing.assert_close(policy.low, torch.tensor([-1, mean - 3 * std]))
     torch.testing.assert_close(policy.high, torch.tensor([4, mean + 3 * std]))
     assert policy.to_env(torch.tensor([[2.0, 2.0]]))[0].tolist() == pytest.approx([4, mean + 6 * std])
+    policy.standardise(torch.full((9, 2), 0.3), actions)
+    assert policy.std.tolist() == [1, 1], "what never varied must not be blown up when it does"
 
 
 class Recall(gym.Env):
@@ -254,8 +257,10 @@ def test_sb3s_models_act_as_in_sb3(model, capsys):
     env_id = "Pendulum-v1" if model in (SAC, TD3) else "CartPole-v1"
     expert = model("MlpPolicy", env_id, seed=3, device="cpu")
     expert.save("expert.zip")
+    state = torch.manual_seed(9).get_state()
     ours = bc.find_expert(bc.Args(env_id=env_id, expert="expert.zip"), 0, spaces_of(env_id))
     assert "execute code" in capsys.readouterr().err
+    assert torch.equal(torch.get_rng_state(), state), "the expert's seed is not the run's"
     env, returns = gym.make(env_id), []
     for act in (ours, lambda obs: expert.predict(obs, deterministic=True)[0]):
         (obs, _), total, ended = env.reset(seed=5), 0.0, False
@@ -264,6 +269,19 @@ def test_sb3s_models_act_as_in_sb3(model, capsys):
             total, ended = total + reward, terminated or truncated
         returns.append(total)
     assert returns[0] == returns[1]
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_trains_an_expert_once_and_leaves_the_runs_randomness_alone(env_id, capsys):
+    args = bc.Args(env_id=env_id, expert_timesteps=256)
+    state, spaces, path = torch.manual_seed(9).get_state(), spaces_of(env_id), Path(f"runs/experts/{env_id}.zip")
+    trained = bc.find_expert(args, 0, spaces)
+    about, written = json.loads(path.with_suffix(".json").read_text()), path.stat().st_mtime_ns
+    assert f"{about['return']:.2f}" in capsys.readouterr().err and about["episodes"] == 10
+    again = bc.find_expert(args, 0, spaces)
+    obs = np.stack([spaces[0].sample() for _ in range(9)]).clip(-5, 5)
+    assert (trained(obs) == again(obs)).all() and path.stat().st_mtime_ns == written
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def our_expert(path, env_id="CartPole-v1") -> bc.ClonedPolicy:

@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ONE_STATE = {
     a2c: "--total-timesteps 20000 --learning-rate 0.01 --eval-episodes 1 --max-grad-norm 100".split(),
     ppo: "--total-timesteps 20000 --learning-rate 0.01 --eval-episodes 1 --num-steps 32".split(),
-    trpo: "--total-timesteps 20000 --learning-rate 0.01 --eval-episodes 1 --num-steps 32".split(),
+    trpo: "--total-timesteps 10000 --learning-rate 0.02 --eval-episodes 1 --num-steps 32 --num-minibatches 1"
+    " --cg-iterations 2".split(),
     kfac: "--total-timesteps 20000 --critic-trust-region 0.03 --eval-episodes 1 --num-envs 2"
     " --no-anneal-step-size".split(),
 }
