@@ -436,9 +436,13 @@ def algo(request):
     return request.param
 
 
-ppo_alone_if_fast = pytest.mark.parametrize(
-    "algo", [algo if algo == "ppo" else pytest.param(algo, marks=pytest.mark.slow) for algo in TINY], indirect=True
-)
+def these_if_fast(*names: str):
+    """A test of every script, slow but for these."""
+    params = [algo if algo in names else pytest.param(algo, marks=pytest.mark.slow) for algo in TINY]
+    return pytest.mark.parametrize("algo", params, indirect=True)
+
+
+ppo_alone_if_fast = these_if_fast("ppo")
 """For what costs a process and is in the plumbing alone, which is the same source in every file."""
 
 
@@ -899,6 +903,7 @@ def torchrun(script, *args) -> str:
     return done.stdout
 
 
+@these_if_fast("ppo", "trpo", "kfac", "dqn", "sac", "bc", "dagger")
 def test_two_processes_train_as_one_run(algo):
     out = torchrun(SCRIPTS[algo], *flags_of(algo, f"--env-id conftest:{TINY[algo].one_state} --total-timesteps 512"))
     (run_dir,) = Path("runs").iterdir()
