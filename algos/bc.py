@@ -99,7 +99,7 @@ class Args:
     save_dataset: str | None = None
     """id to save the demonstrations under as a Minari dataset, such as cartpole/expert-v0"""
     num_demonstrations: int | None = None
-    """episodes to learn from, where --total-timesteps gives more"""
+    """episodes to learn from, over all environments and processes, where --total-timesteps gives more"""
     noise: float = 0.0
     """disturbs the expert: probability of a random action, or for a Box deviation in halves of the action's range"""
     expert_timesteps: int = 100_000
@@ -327,12 +327,8 @@ class ClonedPolicy(nn.Module):
 # Demonstrations ---------------------------------------------------------------------------------------------
 
 
-class Transitions(NamedTuple):
-    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to.
-
-    A target needs `terminated` alone; `truncated` tells where episodes end, to n-step targets and whoever reads a
-    checkpoint.
-    """
+class Demonstration(NamedTuple):
+    """Steps of an expert, first dimension B; actions are labels, what it would do. A dataset needs the rest."""
 
     observations: Tensor
     actions: Tensor
@@ -342,56 +338,42 @@ class Transitions(NamedTuple):
     truncated: Tensor
 
 
-class ReplayBuffer:
-    """The newest transitions of N environments, in tensors that are allocated once.
+class Demonstrations:
+    """Steps of N environments, in tensors that are allocated once; row i + N follows row i in time."""
 
-    A step of all N environments takes N rows; the row that follows row i in time is i + N, modulo the capacity,
-    which is the largest multiple of N up to what was asked for.
-    """
-
-    def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
-        self.capacity, self.num_envs, self.position, self.size = capacity // num_envs * num_envs, num_envs, 0, 0
+    def __init__(self, rows: int, num_envs: int, observation_space, action_space, device: torch.device):
+        self.num_envs, self.size = num_envs, 0
         observation = observation_space.shape, storage_dtype(observation_space)
         action = action_space.shape, torch.int64 if isinstance(action_space, Discrete) else torch.float32
         flag = (), torch.bool
-        layout = Transitions(observation, action, ((), torch.float32), observation, flag, flag)
-        needed = sum(self.capacity * int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
-        if self.capacity == 0:
-            fail(f"--buffer-size {capacity} must be at least --num-envs {num_envs}")
+        layout = Demonstration(observation, action, ((), torch.float32), observation, flag, flag)
+        needed = sum(rows * int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
         if needed > (free := free_memory(device)):
-            fail(
-                f"--buffer-size {capacity} needs {needed:,} bytes, and {device} has {free:,} free: choose a smaller one"
-            )
-        self.data = Transitions(*(torch.zeros(self.capacity, *shape, dtype=x, device=device) for shape, x in layout))
+            fail(f"--total-timesteps needs {needed:,} bytes for {rows} rows, and {device} has {free:,} free")
+        self.allocated = Demonstration(*(torch.zeros(rows, *shape, dtype=x, device=device) for shape, x in layout))
 
-    def add(self, *transitions) -> None:
-        """One step of all environments: the fields of Transitions, each (N, …)."""
-        for stored, new in zip(self.data, transitions):
-            stored[self.position : self.position + self.num_envs] = torch.as_tensor(new)
-        self.position = (self.position + self.num_envs) % self.capacity
-        self.size = min(self.size + self.num_envs, self.capacity)
+    @property
+    def data(self) -> Demonstration:
+        """The rows so far."""
+        return Demonstration(*(x[: self.size] for x in self.allocated))
 
-    def draw_rows(self, batch_size: int) -> Tensor:
-        """Rows (B,) drawn uniformly, with replacement."""
-        return torch.randint(self.size, (batch_size,), device=self.data.rewards.device)
-
-    def get(self, rows: Tensor) -> Transitions:
-        """The transitions in rows (B,)."""
-        return Transitions(*(stored.index_select(0, rows) for stored in self.data))
+    def add(self, step: Demonstration) -> None:
+        """One step of all environments, each field (N, …)."""
+        for stored, new in zip(self.allocated, step):
+            stored[self.size : self.size + self.num_envs] = torch.as_tensor(new)
+        self.size += self.num_envs
 
     def state_dict(self) -> dict:
-        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""
-        full = self.size == self.capacity
-        state = {name: x if full else x[: self.size].clone() for name, x in self.data._asdict().items()}
-        newest = (self.position - 1 - torch.arange(min(self.num_envs, self.size))) % self.capacity
-        state["truncated"] = state["truncated"].index_put((newest,), ~state["terminated"][newest])
-        return state | {"position": self.position}
+        """The rows so far; the newest end an episode, as a resumed run begins new ones."""
+        state = {name: x.clone() for name, x in self.data._asdict().items()}
+        state["truncated"][-self.num_envs :] = ~state["terminated"][-self.num_envs :]
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         """Takes over what `state_dict` gave."""
-        for name, stored in self.data._asdict().items():
-            stored[: len(state[name])] = state[name]
-        self.position, self.size = state["position"], len(state["rewards"])
+        self.size = len(state["rewards"])
+        for name, stored in self.allocated._asdict().items():
+            stored[: self.size] = state[name]
 
 
 def free_memory(device: torch.device) -> int:
@@ -670,7 +652,7 @@ def stacked(obs: np.ndarray, history: int) -> np.ndarray:
     return obs[times.clip(min=0)].reshape(len(obs), -1)
 
 
-def save_dataset(args: Args, demonstrations: ReplayBuffer) -> None:
+def save_dataset(args: Args, demonstrations: Demonstrations) -> None:
     """Writes the demonstrations as the Minari dataset --save-dataset; actions are the labels, --noise or not."""
     minari, episodes = import_minari(), []
     from minari.data_collector import EpisodeBuffer
@@ -678,12 +660,10 @@ def save_dataset(args: Args, demonstrations: ReplayBuffer) -> None:
     if args.save_dataset in minari.list_local_datasets():
         return  # a resumed run has written it before
     for i in range(demonstrations.num_envs):
-        of_env = Transitions(
-            *(x[: demonstrations.size][i :: demonstrations.num_envs].cpu().numpy() for x in demonstrations.data)
-        )
+        of_env = Demonstration(*(x[i :: demonstrations.num_envs].cpu().numpy() for x in demonstrations.data))
         ends = np.flatnonzero(of_env.terminated | of_env.truncated) + 1
         for steps in zip(*(np.split(x, ends) for x in of_env)):
-            steps = Transitions(*steps)
+            steps = Demonstration(*steps)
             if len(steps.rewards) == 0:
                 continue
             obs = np.concatenate([steps.observations, steps.next_observations[-1:]])
@@ -703,7 +683,7 @@ def save_dataset(args: Args, demonstrations: ReplayBuffer) -> None:
 # Training ---------------------------------------------------------------------------------------------------
 
 
-def expert_steps(expert: Expert, args: Args, run, rank: int) -> Iterator[tuple[Transitions, dict]]:
+def expert_steps(expert: Expert, args: Args, run, rank: int) -> Iterator[tuple[Demonstration, dict]]:
     """What an expert does in the environments, its own actions for labels whatever --noise makes of them."""
     envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
     obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
@@ -714,12 +694,12 @@ def expert_steps(expert: Expert, args: Args, run, rank: int) -> Iterator[tuple[T
             done_instead = torch.as_tensor(disturbed(actions, envs.single_action_space, args.noise))
             acted_on = obs
             obs, next_obs, rewards, terminated, truncated, infos = step_envs(envs, done_instead)
-            yield Transitions(acted_on, actions, rewards, next_obs, terminated, truncated), infos
+            yield Demonstration(acted_on, actions, rewards, next_obs, terminated, truncated), infos
     finally:
         envs.close()
 
 
-def dataset_steps(episodes: Iterator, args: Args) -> Iterator[tuple[Transitions, dict]]:
+def dataset_steps(episodes: Iterator, args: Args) -> Iterator[tuple[Demonstration, dict]]:
     """The transitions of a Minari dataset, one after the other."""
     for episode in episodes:
         obs, length = stacked(episode.observations, args.history), len(episode.rewards)
@@ -728,7 +708,7 @@ def dataset_steps(episodes: Iterator, args: Args) -> Iterator[tuple[Transitions,
             ended = flags[0] | flags[1]
             infos = {"episode": {"r": [episode.rewards.sum()], "l": [length]}, "_episode": ended} if ended.any() else {}
             now, then = slice(t, t + 1), slice(t + 1, t + 2)
-            yield Transitions(obs[now], episode.actions[now], episode.rewards[now], obs[then], *flags), infos
+            yield Demonstration(obs[now], episode.actions[now], episode.rewards[now], obs[then], *flags), infos
 
 
 def check_arguments(args: Args) -> None:
@@ -737,8 +717,8 @@ def check_arguments(args: Args) -> None:
         fail(f"--holdout {args.holdout} must be between 0 and 1")
     if args.noise < 0:
         fail(f"--noise {args.noise} must not be negative")
-    if args.dataset and args.num_envs > 1:
-        fail(f"--num-envs {args.num_envs}: a --dataset is read as one environment's")
+    if args.dataset and (args.num_envs > 1 or dist.is_initialized()):
+        fail(f"--dataset {args.dataset} is read as one environment's, by one process: --num-envs 1, without torchrun")
     if args.save_dataset:
         minari = import_minari()
         try:
@@ -769,8 +749,8 @@ def train(args: Args) -> dict:
     policy = ClonedPolicy(*spaces, args).to(device)
     optimizer = vector_adam(policy, args.learning_rate)
     gradient_of = compiled(bc_gradient, device) if args.compile else bc_gradient
-    capacity = -(-args.total_timesteps // (args.num_envs * world_size)) * args.num_envs
-    demonstrations = ReplayBuffer(capacity, args.num_envs, *spaces, device)
+    rows = -(-args.total_timesteps // (args.num_envs * world_size)) * args.num_envs
+    demonstrations = Demonstrations(rows, args.num_envs, *spaces, device)
     counter = nn.Module()  # a module, so that a checkpoint holds it
     for name in ("episodes", "fitted_at"):
         counter.register_buffer(name, torch.zeros((), dtype=torch.int64))
@@ -779,17 +759,18 @@ def train(args: Args) -> dict:
 
     # Watch the expert.
     steps = dataset_steps(source, args) if args.dataset else expert_steps(source, args, run, rank)
-    for _ in range(run.step // world_size if args.dataset else 0):
+    for _ in range(run.step if args.dataset else 0):
         next(steps, None)  # a resumed run has read these
     enough = math.inf if args.num_demonstrations is None else args.num_demonstrations
     logged_step = run.step
     while run.step < args.total_timesteps and counter.episodes < enough and not run.interrupted():
-        transitions, infos = next(steps, (None, None))
-        if transitions is None:
+        step, infos = next(steps, (None, None))
+        if step is None:
             break
-        demonstrations.add(*transitions)
+        demonstrations.add(step)
         run.step += args.num_envs * world_size
-        counter.episodes += int((transitions.terminated | transitions.truncated).sum())
+        ended = torch.tensor(float((step.terminated | step.truncated).sum()))
+        counter.episodes += round(average(ended).item() * world_size)  # the same in every process
         run.log_episodes(infos)
         if run.step - logged_step >= LOG_EVERY:
             run.log({}, demonstrations=counter.episodes.item())
@@ -800,10 +781,10 @@ def train(args: Args) -> dict:
 
     # Do as it does.
     if not run.stopped and counter.fitted_at != run.step:
-        data = Transitions(*(x[: demonstrations.size] for x in demonstrations.data))
+        data = demonstrations.data
         losses = fit(policy, optimizer, data.observations, data.actions, args, run.interrupted, gradient_of)
-        run.log(losses, demonstrations=counter.episodes.item())
         if not run.stopped:
+            run.log(losses, demonstrations=counter.episodes.item())
             counter.fitted_at.fill_(run.step)
     result = run.finish(policy)
     show_history(args, 1)

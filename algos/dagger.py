@@ -41,7 +41,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -180,71 +180,38 @@ class Learner(nn.Module):
 # The data ---------------------------------------------------------------------------------------------------
 
 
-class Transitions(NamedTuple):
-    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to.
+class LabelledStates:
+    """D: observations and the expert's actions there, in tensors that are allocated once."""
 
-    A target needs `terminated` alone; `truncated` tells where episodes end, to n-step targets and whoever reads a
-    checkpoint.
-    """
-
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    next_observations: Tensor
-    terminated: Tensor
-    truncated: Tensor
-
-
-class ReplayBuffer:
-    """The newest transitions of N environments, in tensors that are allocated once.
-
-    A step of all N environments takes N rows; the row that follows row i in time is i + N, modulo the capacity,
-    which is the largest multiple of N up to what was asked for.
-    """
-
-    def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
-        self.capacity, self.num_envs, self.position, self.size = capacity // num_envs * num_envs, num_envs, 0, 0
-        observation = observation_space.shape, storage_dtype(observation_space)
-        action = action_space.shape, torch.int64 if isinstance(action_space, Discrete) else torch.float32
-        flag = (), torch.bool
-        layout = Transitions(observation, action, ((), torch.float32), observation, flag, flag)
-        needed = sum(self.capacity * int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
-        if self.capacity == 0:
-            fail(f"--buffer-size {capacity} must be at least --num-envs {num_envs}")
+    def __init__(self, rows: int, observation_space, action_space, device: torch.device):
+        self.size = 0
+        action_dtype = torch.int64 if isinstance(action_space, Discrete) else torch.float32
+        layout = (observation_space.shape, storage_dtype(observation_space)), (action_space.shape, action_dtype)
+        needed = sum(rows * int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
         if needed > (free := free_memory(device)):
-            fail(
-                f"--buffer-size {capacity} needs {needed:,} bytes, and {device} has {free:,} free: choose a smaller one"
-            )
-        self.data = Transitions(*(torch.zeros(self.capacity, *shape, dtype=x, device=device) for shape, x in layout))
+            fail(f"--total-timesteps needs {needed:,} bytes for {rows} rows, and {device} has {free:,} free")
+        self.allocated = [torch.zeros(rows, *shape, dtype=x, device=device) for shape, x in layout]
 
-    def add(self, *transitions) -> None:
-        """One step of all environments: the fields of Transitions, each (N, …)."""
-        for stored, new in zip(self.data, transitions):
-            stored[self.position : self.position + self.num_envs] = torch.as_tensor(new)
-        self.position = (self.position + self.num_envs) % self.capacity
-        self.size = min(self.size + self.num_envs, self.capacity)
+    @property
+    def data(self) -> list[Tensor]:
+        """Observations and actions so far."""
+        return [x[: self.size] for x in self.allocated]
 
-    def draw_rows(self, batch_size: int) -> Tensor:
-        """Rows (B,) drawn uniformly, with replacement."""
-        return torch.randint(self.size, (batch_size,), device=self.data.rewards.device)
-
-    def get(self, rows: Tensor) -> Transitions:
-        """The transitions in rows (B,)."""
-        return Transitions(*(stored.index_select(0, rows) for stored in self.data))
+    def add(self, obs: np.ndarray, actions: np.ndarray) -> None:
+        """Observations (N, …) and the expert's actions (N, …)."""
+        for stored, new in zip(self.allocated, (obs, actions)):
+            stored[self.size : self.size + len(new)] = torch.as_tensor(new)
+        self.size += len(obs)
 
     def state_dict(self) -> dict:
-        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""
-        full = self.size == self.capacity
-        state = {name: x if full else x[: self.size].clone() for name, x in self.data._asdict().items()}
-        newest = (self.position - 1 - torch.arange(min(self.num_envs, self.size))) % self.capacity
-        state["truncated"] = state["truncated"].index_put((newest,), ~state["terminated"][newest])
-        return state | {"position": self.position}
+        """What there is so far."""
+        return dict(zip(("observations", "actions"), (x.clone() for x in self.data)))
 
     def load_state_dict(self, state: dict) -> None:
         """Takes over what `state_dict` gave."""
-        for name, stored in self.data._asdict().items():
-            stored[: len(state[name])] = state[name]
-        self.position, self.size = state["position"], len(state["rewards"])
+        self.size = len(state["actions"])
+        for stored, old in zip(self.allocated, (state["observations"], state["actions"])):
+            stored[: self.size] = old
 
 
 def free_memory(device: torch.device) -> int:
@@ -456,7 +423,7 @@ def train(args: Args) -> dict:
     optimizer = vector_adam(learner, args.learning_rate)
     gradient_of = compiled(dagger_gradient, device) if args.compile else dagger_gradient
     steps = -(-args.total_timesteps // (args.num_envs * world_size))
-    data = ReplayBuffer(steps * args.num_envs, args.num_envs, *spaces, device)
+    data = LabelledStates(steps * args.num_envs, *spaces, device)
     expert = find_expert(args, rank, spaces)
     counter = nn.Module()  # a module, so that a checkpoint holds it
     counter.register_buffer("iterations", torch.zeros((), dtype=torch.int64))
@@ -476,15 +443,14 @@ def train(args: Args) -> dict:
                 own = learner(torch.as_tensor(obs, dtype=learner.observation_dtype, device=device)).cpu().numpy()
             by_expert = (torch.rand(args.num_envs) < beta).numpy().reshape(-1, *[1] * (own.ndim - 1))
             disagreements.append((own != labels).mean() if learner.discrete else np.abs(own - labels).mean())
-            acted_on = obs
+            data.add(obs, labels)
             actions = torch.as_tensor(np.where(by_expert, labels, own).astype(spaces[1].dtype))
-            obs, next_obs, rewards, terminated, truncated, infos = step_envs(envs, actions)
-            data.add(acted_on, labels, rewards, next_obs, terminated, truncated)
+            obs, *_, infos = step_envs(envs, actions)
             run.step += args.num_envs * world_size
             run.log_episodes(infos)
 
         # Learn from everything so far.
-        states, labels = data.data.observations[: data.size], data.data.actions[: data.size]
+        states, labels = data.data
         learner.standardise(states)
         losses = []
         for _ in range(args.epochs):

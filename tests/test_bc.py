@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import sys
 import zipfile
 from pathlib import Path
@@ -244,6 +245,26 @@ def test_num_demonstrations_ends_with_that_many_episodes(monkeypatch):
     assert len(rows) == 3 and state["step"] == sum(int(row.split(",")[1]) for row in rows)
 
 
+def test_a_signal_before_the_first_epoch_ends_with_a_checkpoint(monkeypatch, capsys):
+    standardise = bc.ClonedPolicy.standardise
+
+    def signalled(policy, *data):
+        os.kill(os.getpid(), signal.SIGTERM)
+        standardise(policy, *data)
+
+    monkeypatch.setattr(bc.ClonedPolicy, "standardise", signalled)
+    monkeypatch.setattr(bc, "find_expert", lambda *_: lambda obs: (obs[:, 2] > 0).astype(np.int64))
+    with pytest.raises(SystemExit) as exit_:
+        bc.train(bc.parse_args("--total-timesteps 200 --eval-episodes 1".split()))
+    assert exit_.value.code == 130 and "--resume" in capsys.readouterr().err
+    (run_dir,) = Path("runs").iterdir()
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert state["step"] == len(state["demonstrations"]["actions"]) == 200 and state["counter"]["fitted_at"] == 0
+    monkeypatch.setattr(bc.ClonedPolicy, "standardise", standardise)
+    bc.train(bc.parse_args(["--resume", str(run_dir)]))
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["counter"]["fitted_at"] == 200
+
+
 # Experts ----------------------------------------------------------------------------------------------------
 
 
@@ -436,7 +457,7 @@ def test_refuses_datasets_that_are_not_there_taken_or_of_other_spaces(monkeypatc
     for flags, names in (
         ("--dataset ./nowhere", "--dataset ./nowhere"),
         ("--env-id Acrobot-v1 --dataset cartpole/small-v0", "Acrobot-v1 has"),
-        ("--dataset cartpole/small-v0 --num-envs 2", "--num-envs"),
+        ("--dataset cartpole/small-v0 --num-envs 2", "--num-envs 1"),
         ("--expert policy.pt2 --save-dataset cartpole/small-v0", "already"),
         ("--expert policy.pt2 --save-dataset !", "--save-dataset"),
     ):

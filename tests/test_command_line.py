@@ -263,6 +263,7 @@ TINY = {
             ("--history 0", "--history"),
             ("--epochs 0", "--epochs"),
             ("--num-demonstrations 0", "--num-demonstrations"),
+            ("--total-timesteps 1_000_000_000_000", "bytes"),
         ),
         refitted=("/policy/", "/optimizer/", "/counter/", "/rng/"),
     ),
@@ -280,6 +281,7 @@ TINY = {
             ("--expert nowhere.pt2", "--expert"),
             ("--env-id OneStateUnbounded-v0", "unbounded"),
             ("--beta-decay 2", "--beta-decay"),
+            ("--total-timesteps 1_000_000_000_000", "bytes"),
             ("--steps-per-iteration 0", "--steps-per-iteration"),
             ("--epochs 0", "--epochs"),
         ),
@@ -916,6 +918,14 @@ def test_two_processes_train_as_one_run(algo):
     # Rank 0 writes its own episodes, half of all where each has 10 steps, at the step of both processes together.
     assert 0 < episodes(run_dir)[:, 1].sum() <= state["step"] / 2
     assert scalars(run_dir)["charts/SPS"][-1].step == state["step"]
+
+
+def test_two_processes_count_demonstrations_together():
+    """Their episodes end at different steps; a process that stopped alone would leave the other waiting."""
+    flags = flags_of("bc", "--total-timesteps 2000 --num-demonstrations 9 --num-envs 1")
+    torchrun(SCRIPTS["bc"], *flags)
+    (run_dir,) = Path("runs").iterdir()
+    assert 9 <= load(run_dir)["counter"]["episodes"] <= 10 and load(run_dir)["step"] < 2000
 
 
 def test_averages_over_two_processes_are_those_of_one():
