@@ -64,6 +64,9 @@ gym.register("OneStateTerminal-v0", OneStateTerminal)
 gym.register("OneStateTerminalBox-v0", OneStateTerminal, kwargs={"action": "box"})
 gym.register("OneStateBox-v0", OneState, max_episode_steps=10, kwargs={"action": "box"})
 gym.register("OneStateDiscrete-v0", OneState, max_episode_steps=10, kwargs={"observation": "discrete"})
+gym.register(
+    "OneStateDiscreteBox-v0", OneState, max_episode_steps=10, kwargs={"observation": "discrete", "action": "box"}
+)
 gym.register("OneStateDict-v0", OneState, max_episode_steps=10, kwargs={"observation": "dict"})
 gym.register("OneStateMulti-v0", OneState, max_episode_steps=10, kwargs={"action": "multi"})
 gym.register("OneStateUnbounded-v0", OneState, max_episode_steps=10, kwargs={"action": "any"})

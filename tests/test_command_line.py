@@ -249,6 +249,31 @@ TINY = {
             ("--alpha 0", "--alpha"),
         ),
     ),
+    "mbpo": Tiny(
+        flags="--total-timesteps 1600 --num-envs 2 --learning-starts 100 --buffer-size 200 --batch-size 16"
+        " --gradient-steps 1 --hidden-sizes 8 --eval-episodes 2 --ensemble-size 3 --num-elites 2"
+        " --model-hidden-sizes 8 --model-frequency 400 --patience 1 --rollouts-per-step 2 --model-buffer-age 800",
+        rebuild=rebuild_actor_critics("SoftActorCritics"),
+        env_id="Pendulum-v1",
+        one_state="OneStateBox-v0",
+        values="losses/q_values",
+        boxes="--learning-rate 0.1",
+        explode=(("--learning-rate inf", "not finite"), ("--model-learning-rate inf", "not finite")),
+        refusals=(
+            *CONTINUOUS_Q_REFUSALS,
+            ("--env-id OneStateDiscreteBox-v0", "Use sac.py"),
+            ("--critic-subset 3", "--critic-subset"),
+            ("--alpha 0", "--alpha"),
+            ("--num-elites 4", "--num-elites"),
+            ("--real-ratio 1.5", "--real-ratio"),
+            ("--holdout 1", "--holdout"),
+            ("--learning-starts 9", "--learning-starts"),
+            ("--rollout-lengths 0 1 0 1", "--rollout-lengths"),
+            ("--rollout-lengths 1 2 5 5", "--rollout-lengths"),
+            ("--value-expansion 0", "--value-expansion"),
+            ("--rollouts-per-step 1_000_000_000", "bytes"),
+        ),
+    ),
     "bc": Tiny(
         flags="--expert INDICES --total-timesteps 512 --num-envs 2 --epochs 3 --hidden-sizes 8 --eval-episodes 2",
         rebuild=rebuild_cloned_policy,
@@ -409,8 +434,12 @@ def contents(folder) -> dict:
 
 
 def messages(err: str) -> list[str]:
-    """stderr's lines without progress bars, which have no percentage once a run is past its last step."""
+    """stderr's lines without progress bars, which have no percentage once a run is past its last step.
+
+    And without what mbpo.py says of an environment that it does not know.
+    """
     lines = re.split("[\r\n]+", err.replace("\x1b[A", ""))
+    lines = [line for line in lines if not line.endswith("is not known here: the model learns it")]
     return [line for line in lines if line.strip() and not re.match(r".*\d+(%\|.*\||step ).*\]\s*$", line)]
 
 
