@@ -12,6 +12,8 @@ Details that matter, and why:
 - β_i = d^(i−1) with d = `--beta-decay`. For d = 0, the paper's parameter-free choice, the expert acts in the first
   iteration, which is behavioural cloning, and the learner alone from the second on.
 - Data are aggregated, never thrown away: learning from the last iteration alone can go round in circles.
+- Where a mistake ends the episode, an early learner lives, and spends its labels, in the few steps before its falls:
+  on Hopper cloning needs fewer labels; on HalfCheetah, whose episodes go on, DAgger needs fewer (benchmarks/README.md).
 - Labels cost: charts/labels counts them, one for every environment step.
 - The loss ℓ is the cross-entropy for Discrete actions, and the square for a Box, whose bounds become [−1, 1].
 
@@ -107,7 +109,7 @@ class Args:
 
 
 # fmt: off
-MUJOCO = dict(total_timesteps=50_000, batch_size=256, hidden_sizes=(256, 256))
+MUJOCO = dict(total_timesteps=20_000, epochs=100, batch_size=256, hidden_sizes=(256, 256))
 RECOMMENDED = {
     "Pendulum-v1": dict(total_timesteps=20_000, expert_timesteps=10_000),
     **{f"{name}-v5": MUJOCO for name in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid")},

@@ -14,10 +14,12 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import tyro
+from compounding_error import ERROR, HORIZONS
+from compounding_error import LABELS as LEDGE_LABELS
 from matplotlib.ticker import EngFormatter
 from run import KEY, RESULTS, Cell, cells_of, present_code, read_runs, sb3_version, source_sha256
 from sb3 import MODELS
-from suites import SUITES
+from suites import EXPERTS, SUITES
 from throughput import WORKS, summary
 
 matplotlib.use("Agg")
@@ -33,6 +35,10 @@ STYLES = {
     "SB3's PPO": dict(color="#CC79A7", linestyle="-."),
 }
 """colours of Okabe and Ito (2008), apart for colour-blind readers, and in print by the dashes"""
+IMITATORS = {
+    "bc": dict(label="behavioural cloning", color="#D55E00", linestyle="--"),
+    "dagger": dict(label="DAgger", color="#0072B2", linestyle="-"),
+}
 BESIDE = ("a2c", "ppo")
 """SB3's algorithms that are shown beside one that it does not have"""
 EFFICIENCY = [("kfac", "CartPole-v1", 100_000), ("kfac", "Acrobot-v1", 100_000), ("kfac", "HalfCheetah-v5", 500_000)]
@@ -153,12 +159,46 @@ HalfCheetah A2C updates after every 64 environment steps and K-FAC after 1024, b
 are half of what a preconditioner is for, and the seeds differ by more than the algorithms.
 """
 
+IMITATION = """
+## Imitation
+
+Behavioural cloning (bc) and DAgger with the same number of labels from the same expert: our K-FAC's policy of seed 1
+on HalfCheetah-v5, our PPO's on Hopper-v5. IQM over {seeds} seeds [95 % interval] of the mean return over 50 episodes.
+
+{table}
+
+![Return against the number of labels]({plot})
+
+DAgger learns from fewer labels on HalfCheetah, where an episode goes on after a mistake, and cloning on Hopper, where a
+fall ends it: there an early learner, and so DAgger's labels, do not get beyond the first steps of an episode.
+
+<details><summary>Commands and code of every run</summary>
+
+{runs}
+
+</details>
+"""
+
+COMPOUNDING = """
+## Compounding error
+
+Mistakes in T steps on a ledge that the expert never falls from, where every step goes wrong with probability
+{error}, of policies that have learned from {labels} labels ([compounding_error.py](compounding_error.py)). Mean over
+{seeds} seeds [95 % bootstrap interval]. The exponent k of mistakes ∝ T^k is fitted to the logarithms; the expected
+numbers' own is a little below 2 for cloning, since an episode cannot have more than T mistakes.
+
+{table}
+
+![Mistakes against the horizon]({plot})
+"""
+
 REPRODUCE = """
 ## Reproduce
 
 ```
 {commands}
 python benchmarks/throughput.py
+python benchmarks/compounding_error.py --workers 2
 python benchmarks/report.py
 ```
 
@@ -209,7 +249,7 @@ def interval(statistic, *samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     NaN where a sample has fewer than two values.
     """
     if min(sample.shape[-1] for sample in samples) < 2:
-        return (np.full(samples[0].shape[:-1], np.nan),) * 2
+        return (np.full(np.shape(statistic(*samples)), np.nan),) * 2
     rng = np.random.default_rng(0)
     options = dict(n_resamples=10_000, batch=1000, method="percentile", axis=-1, vectorized=True, rng=rng)
     return tuple(scipy.stats.bootstrap(samples, statistic, **options).confidence_interval)
@@ -227,7 +267,7 @@ def markdown(rows: list[dict]) -> str:
 def digits_of(*values: float) -> int:
     """Digits after the point that show the largest of the values to four places or so."""
     largest = max(abs(x) for x in values)
-    return 0 if largest >= 1000 else 1 if largest >= 10 else 2
+    return 0 if largest >= 1000 else 1 if largest >= 10 else 2 if largest >= 0.1 or largest == 0 else 4
 
 
 def number(x: float, digits: int) -> str:
@@ -370,6 +410,13 @@ def curves_of(impl: str, algo: str, env_id: str, steps: int, runs: pd.DataFrame,
     return np.stack(curves, axis=-1) if curves else np.empty((BINS, 0))
 
 
+def save(figure: plt.Figure, path: Path) -> None:
+    """Writes the figure, without the version of matplotlib in the file: same data, same bytes."""
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
 def plot_suite(groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: Path, path: Path) -> None:
     """One subplot per (algorithm, environment, steps) with the recorded learning curves."""
     columns = min(3, len(groups))
@@ -400,9 +447,7 @@ def plot_suite(groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: 
     figure.supylabel("training return", fontsize=11)
     labels = [label for label in STYLES if label in lines]
     figure.legend([lines[x] for x in labels], labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})  # no version in the file: same data, same bytes
-    plt.close(figure)
+    save(figure, path)
 
 
 # Sample efficiency ------------------------------------------------------------------------------------------
@@ -443,6 +488,111 @@ def efficiency_rows(runs: pd.DataFrame, results: Path) -> list[dict]:
     return rows
 
 
+# Imitation --------------------------------------------------------------------------------------------------
+
+
+def labels_rows(env_id: str, budgets: list[int], runs: pd.DataFrame) -> list[dict]:
+    """bc, DAgger and their difference for every number of labels."""
+    rows = []
+    for labels in budgets:
+        measured = {algo: runs_of(runs, "ours", algo, env_id, labels) for algo in IMITATORS}
+        x, y = (runs["eval_mean"].to_numpy() for runs in measured.values())
+        row = {"environment": env_id, "labels": labels}
+        row |= {algo + dagger(runs): estimate(iqm, runs["eval_mean"].to_numpy()) for algo, runs in measured.items()}
+        row["dagger − bc"] = estimate(iqm_difference, y, x)
+        rows.append(row | {"P(dagger > bc)": estimate(probability_of_improvement, y, x)})
+    return rows
+
+
+def draw(ax: plt.Axes, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray, **style) -> None:
+    """Points with a line and their intervals."""
+    ax.errorbar(x, y, np.maximum(0, (y - low, high - y)), marker="o", markersize=4, capsize=3, linewidth=1.8, **style)
+
+
+def imitation(cells: list[Cell], runs: pd.DataFrame, results: Path) -> str:
+    """The section on return against the number of labels, where every seed is measured; draws its plot."""
+    recorded = [cell for cell in cells if astuple(cell) in runs.index]
+    missing = {(cell.env_id, cell.total_timesteps) for cell in set(cells) - set(recorded)}
+    measured = {(cell.env_id, cell.total_timesteps) for cell in cells} - missing
+    rows, columns = [], [env_id for env_id in EXPERTS if env_id in dict(measured)]
+    if not columns:
+        return ""
+    figure, axes = plt.subplots(1, len(columns), figsize=(5 * len(columns), 3.8), squeeze=False, layout="constrained")
+    for env_id, ax in zip(columns, axes.flat):
+        budgets = sorted(labels for env, labels in measured if env == env_id)
+        for algo, style in IMITATORS.items():
+            returns = np.stack([returns_of(runs, "ours", algo, env_id, labels) for labels in budgets])
+            draw(ax, np.array(budgets), iqm(returns), *interval(iqm, returns), **style)
+        expert = runs.loc[[EXPERTS[env_id]], "eval_mean"].item()
+        ax.axhline(expert, color="#555555", linestyle=":", label="the expert")
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(budgets, map(str, budgets))
+        ax.set_title(env_id, fontsize=11)
+        tidy(ax, "labels", "return")
+        rows += [row | {"expert": number(expert, 0)} for row in labels_rows(env_id, budgets, runs)]
+    save(figure, results.parent / "plots" / "labels.png")
+    return IMITATION.format(
+        seeds=len({cell.seed for cell in cells}),
+        table=markdown(rows),
+        plot="plots/labels.png",
+        runs=run_table(runs.loc[[astuple(cell) for cell in recorded]].sort_index(level=KEY)),
+    )
+
+
+def exponent(mistakes: np.ndarray, axis: int = -1) -> np.ndarray:
+    """k of mistakes ∝ T^k, by least squares on the logarithms of their means (horizons, …) along `axis`."""
+    x = np.log(HORIZONS) - np.log(HORIZONS).mean()
+    return np.tensordot(x / (x**2).sum(), np.log(mistakes.mean(axis)), 1)
+
+
+def expected_mistakes() -> dict[str, np.ndarray]:
+    """What the docstring of compounding_error.py expects (horizons,)."""
+    T = np.array(HORIZONS)
+    return {"bc": T - (1 - ERROR) * (1 - (1 - ERROR) ** T) / ERROR, "dagger": ERROR * T}
+
+
+def compounding(results: Path) -> str:
+    """The section on compounding_error.csv, of the seeds that are complete, "" for none; draws its plot."""
+    path = results / "compounding_error.csv"
+    measured = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["seed"])
+    measured = measured.groupby("seed").filter(lambda x: len(x) == len(IMITATORS) * len(HORIZONS))
+    if measured.empty:
+        return ""
+    measured = measured.set_index(["algo", "horizon", "seed"]).sort_index()
+    rows = [{"T": horizon} for horizon in HORIZONS] + [{"T": "exponent"}]
+    figure, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    for algo, style in IMITATORS.items():
+        mistakes = measured.loc[algo]["mistakes"].unstack("seed").to_numpy()
+        changed = "" if (measured.loc[algo]["code_sha256"] == source_sha256("ours", algo)).all() else " †"
+        expected = expected_mistakes()[algo]
+        for row, x, y in zip(rows, mistakes, expected):
+            row |= {algo + changed: estimate(np.mean, x), f"{algo}, expected": number(y, digits_of(y))}
+        rows[-1] |= {algo + changed: estimate(exponent, mistakes)}
+        rows[-1] |= {f"{algo}, expected": number(exponent(expected[:, None]), 2)}
+        style = style | {"linestyle": ""}
+        draw(ax, np.array(HORIZONS), mistakes.mean(-1), *interval(np.mean, mistakes), **style)
+        ax.plot(HORIZONS, expected, color=style["color"], linewidth=1, label=f"{style['label']}, expected")
+    ax.set(xscale="log", yscale="log", xticks=HORIZONS, xticklabels=HORIZONS)
+    ax.minorticks_off()
+    tidy(ax, "horizon T", "mistakes in an episode")
+    save(figure, results.parent / "plots" / "compounding_error.png")
+    return COMPOUNDING.format(
+        error=ERROR,
+        labels=LEDGE_LABELS,
+        seeds=mistakes.shape[1],
+        table=markdown(rows),
+        plot="plots/compounding_error.png",
+    )
+
+
+def tidy(ax: plt.Axes, xlabel: str, ylabel: str) -> None:
+    """Labels, grid and legend."""
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+
+
 # The page ---------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +607,10 @@ def main() -> None:
         recorded = [cell for cell in cells if astuple(cell) in runs.index]
         if not recorded:
             continue
+        suites.append(suite)
+        if suite == "imitation":  # its own table and plot
+            page += imitation(cells, runs, args.results)
+            continue
         groups = {}
         for cell in cells:
             groups.setdefault((cell.algo, cell.env_id, cell.total_timesteps), []).append(cell)
@@ -470,9 +624,9 @@ def main() -> None:
             plot=f"plots/{plot.name}",
             runs=run_table(runs.loc[[astuple(cell) for cell in recorded]].sort_index(level=KEY)),
         )
-        suites.append(suite)
     if rows := efficiency_rows(runs, args.results):
         page += EFFICIENT.format(table=markdown(rows))
+    page += compounding(args.results)
     throughput = args.results / "throughput.csv"
     if throughput.exists():
         page += THROUGHPUT.format(table=throughput_table(pd.read_csv(throughput)))

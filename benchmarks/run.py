@@ -34,7 +34,7 @@ import pandas as pd
 import stable_baselines3
 import tyro
 from sb3 import MODELS
-from suites import SUITES
+from suites import FLAGS, SUITES
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +110,7 @@ class Cell:
         command = ["python", self.script] + ([self.algo] if self.impl == "sb3" else [])
         command += ["--env-id", self.env_id, "--seed", str(self.seed)]
         command += ["--total-timesteps", *self.steps_if_unusual] if self.steps_if_unusual else []
+        command += FLAGS.get((self.algo, self.env_id), "").split()
         return command + ["--compile"] if self.impl == "ours" and self.total_timesteps >= COMPILE_FROM else command
 
 
@@ -209,7 +210,7 @@ def record(cell: Cell, folder: Path, results: Path) -> None:
     run_dir = folder / Path(run_dir).name
     monitor = pd.read_csv(run_dir / "monitor.csv", comment="#")
     versions = json.loads((run_dir / "args.json").read_text())["versions"]
-    seconds = monitor["t"].iloc[-1]
+    seconds = monitor["t"].max()  # not a number where no episode has ended, as in an imitator's short run
     row = {
         "eval_mean": float(mean),
         "eval_std": float(std),

@@ -18,6 +18,19 @@ class Entry(NamedTuple):
     """sides to run; "sb3" is left out for an algorithm that benchmarks/sb3.py has no counterpart of"""
 
 
+EXPERTS = {
+    "HalfCheetah-v5": ("ours", "kfac", "HalfCheetah-v5", 1, 500_000),
+    "Hopper-v5": ("ours", "ppo", "Hopper-v5", 1, 1_000_000),
+}
+"""Runs of other suites whose policy.pt2, kept in results/experts/, the suite "imitation" learns from."""
+
+FLAGS = {
+    (algo, env_id): f"--expert benchmarks/results/experts/{env_id}.pt2 --eval-episodes 50{flags}"
+    for env_id in EXPERTS
+    for algo, flags in (("bc", ""), ("dagger", " --steps-per-iteration 25"))
+}
+"""What (script, environment) are run with beside the seed and the steps."""
+
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "Pendulum-v1"]
 
 SUITES: dict[str, list[Entry]] = {
@@ -34,5 +47,6 @@ SUITES: dict[str, list[Entry]] = {
         Entry(["trpo"], ["Hopper-v5"], range(1, 4), 1_000_000),
         Entry(["td3", "sac"], ["HalfCheetah-v5", "Hopper-v5"], range(1, 4), 100_000),
     ],
+    "imitation": [Entry(["bc", "dagger"], list(EXPERTS), range(1, 6), labels) for labels in (125, 250, 500, 1_000)],
     "efficiency": [Entry(["a2c", "kfac"], ["HalfCheetah-v5"], range(1, 4), 500_000)],
 }

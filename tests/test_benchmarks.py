@@ -3,9 +3,13 @@
 import importlib
 import json
 import shutil
-from dataclasses import fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, fields
+from itertools import product
 from pathlib import Path
 
+import compounding_error
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import ppo
@@ -415,3 +419,85 @@ def test_the_page_is_what_report_py_makes_of_the_measurements(tmp_path, monkeypa
     assert (tmp_path / "README.md").read_text() == (ROOT / "benchmarks" / "README.md").read_text()
     for plot in (tmp_path / "plots").iterdir():
         assert (ROOT / "benchmarks" / "plots" / plot.name).exists()
+
+
+# Imitation --------------------------------------------------------------------------------------------------
+
+
+def mean_mistakes(policy, horizon: int, episodes: int) -> float:
+    """Of `policy`, from an observation and the environment to an action."""
+    env, total = gym.wrappers.TimeLimit(compounding_error.Ledge(), horizon), 0
+    for seed in range(episodes):
+        obs, ended = env.reset(seed=seed)[0], False
+        while not ended:
+            obs, reward, _, ended, _ = env.step(policy(obs, env.unwrapped))
+            total -= reward
+    return total / episodes
+
+
+def test_mistakes_on_the_ledge_are_as_many_as_expected(monkeypatch):
+    monkeypatch.setattr(compounding_error, "ERROR", 0.1)
+    monkeypatch.setattr(report, "ERROR", 0.1)
+    monkeypatch.setattr(report, "HORIZONS", (5, 20))
+    expected = report.expected_mistakes()
+    for i, horizon in enumerate((5, 20)):
+        ignorant = mean_mistakes(lambda obs, env: int(obs[0] > 0), horizon, 3000)
+        returns = mean_mistakes(lambda obs, env: 2 if obs[1] else int(obs[0] > 0), horizon, 3000)
+        np.testing.assert_allclose(ignorant, expected["bc"][i], rtol=0.05)
+        np.testing.assert_allclose(returns, expected["dagger"][i] / 1.1, rtol=0.05)  # no mistakes on the ground: 1 + ε
+    assert mean_mistakes(lambda obs, env: compounding_error.expert(obs[None])[0], 20, 100) == 0
+
+
+def test_exponent_is_that_of_a_power():
+    T = np.array(report.HORIZONS)[:, None]
+    mistakes = 0.3 * T**1.7 * np.array([0.5, 1.5, 1.0])
+    np.testing.assert_allclose(report.exponent(mistakes), 1.7)
+    np.testing.assert_allclose(report.interval(report.exponent, mistakes), 1.7)
+    assert report.exponent(mistakes[:, None, :]).shape == (1,)
+
+
+def test_a_clone_stays_down_and_dagger_comes_back(monkeypatch):
+    for name, value in (("ERROR", 0.02), ("LABELS", 2000), ("EPISODES", 200)):
+        monkeypatch.setattr(compounding_error, name, value)
+    monkeypatch.setattr(report, "ERROR", 0.02)
+    monkeypatch.setattr(report, "HORIZONS", (50,))
+    for algo, expected in report.expected_mistakes().items():
+        assert abs(compounding_error.mistakes(algo, 50, 1) / expected - 1) < 0.25
+
+
+def test_compounding_error_measures_what_is_missing(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compounding_error, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(compounding_error, "mistakes", lambda *cell: asked.append(cell) or cell[1] / 4)
+    for seeds in (1, 1, 2):
+        monkeypatch.setattr("sys.argv", ["", "--seeds", str(seeds), "--results", str(tmp_path)])
+        compounding_error.main()
+    cells = list(product(("bc", "dagger"), compounding_error.HORIZONS, (1, 2)))
+    assert sorted(asked) == cells
+    rows = pd.read_csv(tmp_path / "compounding_error.csv", index_col=compounding_error.KEY)
+    assert list(rows.index) == cells and list(rows.mistakes) == [cell[1] / 4 for cell in cells]
+    assert "## Compounding error" in report.compounding(tmp_path) and "† |" not in report.compounding(tmp_path)
+    assert (tmp_path.parent / "plots" / "compounding_error.png").exists()
+    rows.drop(index=[("bc", 10, 1)]).assign(code_sha256="older").to_csv(tmp_path / "compounding_error.csv")
+    assert "1 seeds" in report.compounding(tmp_path) and "| bc † |" in report.compounding(tmp_path)
+
+
+def test_labels_are_compared_where_every_seed_is_measured(measured):
+    runs, results = measured[0].assign(command="", date="", script_sha256=""), measured[1]
+    cells = run.cells_of("imitation")
+    returns = {cell: cell.total_timesteps * (2 if cell.algo == "dagger" else 1) for cell in cells}
+    returns |= {run.Cell(*expert): 5000 for expert in suites.EXPERTS.values()}
+    assert cells[-1].env_id == "Hopper-v5" and returns.pop(cells[-1]) == 2000
+    index = pd.MultiIndex.from_tuples([astuple(cell) for cell in returns], names=run.KEY)
+    rows = pd.DataFrame([runs.iloc[0].to_dict() | {"eval_mean": x} for x in returns.values()], index=index).sort_index()
+    section = report.imitation(cells, rows, results)
+    for row in (
+        "HalfCheetah-v5 | 2000 | 2000 [2000, 2000] | 4000 [4000, 4000] |",
+        "Hopper-v5 | 1000 | 1000 [1000, 1000] |",
+    ):
+        assert f"| {row}" in section
+    assert "| Hopper-v5 | 1000 |" not in section and section.count("| 5000 |") == 7
+    assert (
+        "Hopper" not in report.imitation(cells, rows.drop(index="Hopper-v5", level="env_id"), results).split("\n| ")[2]
+    )
+    assert report.imitation(cells, rows.loc[list(suites.EXPERTS.values())], results) == ""
