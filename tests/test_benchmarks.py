@@ -491,13 +491,7 @@ def test_labels_are_compared_where_every_seed_is_measured(measured):
     index = pd.MultiIndex.from_tuples([astuple(cell) for cell in returns], names=run.KEY)
     rows = pd.DataFrame([runs.iloc[0].to_dict() | {"eval_mean": x} for x in returns.values()], index=index).sort_index()
     section = report.imitation(cells, rows, results)
-    for row in (
-        "HalfCheetah-v5 | 2000 | 2000 [2000, 2000] | 4000 [4000, 4000] |",
-        "Hopper-v5 | 1000 | 1000 [1000, 1000] |",
-    ):
-        assert f"| {row}" in section
+    assert "| HalfCheetah-v5 | 1000 | 1000 [1000, 1000] | 2000 [2000, 2000] |" in section
+    assert "| Hopper-v5 | 500 | 500.0 [500.0, 500.0] | 1000 [1000, 1000] |" in section
     assert "| Hopper-v5 | 1000 |" not in section and section.count("| 5000 |") == 7
-    assert (
-        "Hopper" not in report.imitation(cells, rows.drop(index="Hopper-v5", level="env_id"), results).split("\n| ")[2]
-    )
     assert report.imitation(cells, rows.loc[list(suites.EXPERTS.values())], results) == ""
