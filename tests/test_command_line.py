@@ -250,7 +250,7 @@ TINY = {
         ),
     ),
     "mbpo": Tiny(
-        flags="--total-timesteps 1600 --num-envs 2 --learning-starts 100 --buffer-size 200 --batch-size 16"
+        flags="--total-timesteps 1600 --num-envs 8 --learning-starts 100 --buffer-size 200 --batch-size 16"
         " --gradient-steps 1 --hidden-sizes 8 --eval-episodes 2 --ensemble-size 3 --num-elites 2"
         " --model-hidden-sizes 8 --model-frequency 400 --patience 1 --rollouts-per-step 2 --model-buffer-age 800",
         rebuild=rebuild_actor_critics("SoftActorCritics"),
