@@ -852,9 +852,8 @@ def train(args: Args) -> dict:
             if is_learned:
                 per_env = new_steps // (args.num_envs * world_size)
                 errors = prediction_errors(model, buffer, min(per_env, buffer.size // args.num_envs), ERROR_HORIZON)
-                charts |= {
-                    k: x for k, x in zip(("one_step_error", "k_step_error"), errors[:: ERROR_HORIZON - 1]) if x == x
-                }
+                named = zip(("one_step_error", "k_step_error"), (errors[0], errors[-1]))
+                charts |= {name: x for name, x in named if np.isfinite(x)}  # not, where no window is within an episode
             data = Transitions(*(x[: buffer.size] for x in buffer.data))
             model_metrics = learn_model(model, model_optimizer, data, args, gradient_of_model)
             length = rollout_length(args.rollout_lengths, run.step)

@@ -1,14 +1,14 @@
 """How mistakes add up over a horizon of T steps: cloning pays of the order of ε T² for an error of ε, DAgger of ε T.
 
-    python benchmarks/compounding_error.py --workers 2      # 100 runs in 10 minutes; again after a kill: goes on
+    python benchmarks/compounding_error.py --workers 2      # 100 runs; again after a kill: goes on
 
 The environment is a ledge. On it the right action is 0 or 1, as a hint says that is wrong with probability ε: the
 expert knows better, but nobody who sees the hint alone errs less often. A mistake ends on the ground, where only
 action 2 is right and leads back up. The expert never goes there, so a clone has not learned what to do, and stays.
 Both algorithms get the same number of labels at every T. The returns are minus the number of mistakes. Expected are
 
-    cloning    Σ_{t=1}^{T} (1 − (1 − ε)^t) ≈ ε T² / 2      mistaken from the first error to the end
-    DAgger     ε T, but for terms in ε²                      mistaken once, then back (Ross and Bagnell 2010)
+    cloning    Σ_{t=1}^{T} (1 − (1 − ε)^t) ≈ ε T² / 2      mistaken from the first error to the end (Ross and Bagnell 2010)
+    DAgger     ε T, but for terms in ε²                      mistaken once, then back (Ross et al. 2011)
 
 Runs train() of algos/bc.py and algos/dagger.py; each finished run is a row of results/compounding_error.csv.
 """
