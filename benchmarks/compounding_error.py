@@ -7,8 +7,8 @@ expert knows better, but nobody who sees the hint alone errs less often. A mista
 action 2 is right and leads back up. The expert never goes there, so a clone has not learned what to do, and stays.
 Both algorithms get the same number of labels at every T. The returns are minus the number of mistakes. Expected are
 
-    cloning    Σ_{t=1}^{T} (1 − (1 − ε)^t) ≈ ε T² / 2      mistaken from the first error to the end (Ross and Bagnell 2010)
-    DAgger     ε T, but for terms in ε²                      mistaken once, then back (Ross et al. 2011)
+    cloning    Σ_{t=1}^{T} (1 − (1 − ε)^t) ≈ ε T² / 2   mistaken from the first error to the end (Ross and Bagnell 2010)
+    DAgger     ε T, but for terms in ε²                   mistaken once, then back (Ross et al. 2011)
 
 Runs train() of algos/bc.py and algos/dagger.py; each finished run is a row of results/compounding_error.csv.
 """
