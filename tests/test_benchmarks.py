@@ -377,6 +377,10 @@ def test_a_finished_run_is_recorded_once_and_not_measured_again(tmp_path):
     runs.assign(code_sha256="older").to_csv(results / "runs.csv", index=False)
     assert run.plan(cell, folder, run.read_runs(results), False)[0] == "skip"
     assert run.plan(cell, folder, run.read_runs(results), True)[0] != "skip"
+    (folder / "somerun" / "monitor.csv").write_text('#{"t_start": 0}\nr,l,t\n')  # no episode has ended
+    run.record(cell, folder, results)
+    runs = pd.read_csv(results / "runs.csv")
+    assert runs.eval_mean[0] == 12.5 and np.isnan(runs.seconds[0]) and np.isnan(runs.steps_per_second[0])
 
 
 @pytest.fixture
