@@ -411,6 +411,8 @@ class ModelBuffer(ReplayBuffer):
 
     def __init__(self, args: Args, observation_space, action_space, device: torch.device):
         capacity = args.rollouts_per_step * args.model_buffer_age * max(args.rollout_lengths[:2])
+        if args.real_ratio == 1 or args.value_expansion:
+            capacity = 1  # no minibatch will ask
         numbers = 2 * observation_space.shape[0] + action_space.shape[0] + 1
         if (needed := capacity * (4 * numbers + 2)) > (free := free_memory(device)):
             fail(
@@ -607,6 +609,20 @@ def prediction_errors(model, buffer: ReplayBuffer, newest: int, horizon: int) ->
         errors.append(error[within].mean().sqrt().item())
         within &= ~(data.terminated[rows] | data.truncated[rows])
     return errors
+
+
+def model_diagnostics(model, buffer: ReplayBuffer, newest: int) -> dict[str, float]:
+    """Charts of how well the model knows the `newest` steps of every environment, which it has yet to learn from.
+
+    `disagreement` is what it can tell of its error by itself; numbers that no window within an episode gives are left
+    out.
+    """
+    errors = prediction_errors(model, buffer, newest, ERROR_HORIZON)
+    rows = buffer.position - 1 - torch.arange(newest * buffer.num_envs, device=buffer.data.rewards.device)
+    data = buffer.get(rows % buffer.capacity)
+    _, disagreement = model.predict(data.observations, data.actions)
+    charts = {"one_step_error": errors[0], "k_step_error": errors[-1], "disagreement": disagreement.mean().item()}
+    return {name: x for name, x in charts.items() if np.isfinite(x)}
 
 
 # Soft actor-critic -------------------------------------------------------------------------------------------
@@ -850,10 +866,7 @@ def train(args: Args) -> dict:
         if is_due and (args.value_expansion or real_rows < args.batch_size):
             began = time.perf_counter()
             if is_learned:
-                per_env = new_steps // (args.num_envs * world_size)
-                errors = prediction_errors(model, buffer, min(per_env, buffer.size // args.num_envs), ERROR_HORIZON)
-                named = zip(("one_step_error", "k_step_error"), (errors[0], errors[-1]))
-                charts |= {name: x for name, x in named if np.isfinite(x)}  # not, where no window is within an episode
+                charts |= model_diagnostics(model, buffer, min(new_steps // world_size, buffer.size) // args.num_envs)
             data = Transitions(*(x[: buffer.size] for x in buffer.data))
             model_metrics = learn_model(model, model_optimizer, data, args, gradient_of_model)
             length = rollout_length(args.rollout_lengths, run.step)
@@ -862,11 +875,9 @@ def train(args: Args) -> dict:
                 starts = data.observations[buffer.draw_rows(args.rollouts_per_step * args.model_frequency)]
                 for transitions in branched_rollouts(model, agent, starts, length):
                     imagined.add(*transitions)
-            sample = buffer.get(buffer.draw_rows(1_000))
-            charts |= {"rollout_length": length, "disagreement": model.predict(*sample[:2])[1].mean().item()}
             counter.modelled_at.fill_(run.step)
             model_seconds += time.perf_counter() - began
-            charts["model_share"] = model_seconds / (time.perf_counter() - started)
+            charts |= {"rollout_length": length, "model_share": model_seconds / (time.perf_counter() - started)}
 
         # Update on minibatches of what has been lived through and of what has been imagined.
         if run.step > args.learning_starts:

@@ -19,6 +19,7 @@ from compounding_error import LABELS as LEDGE_LABELS
 from matplotlib.ticker import EngFormatter
 from run import KEY, RESULTS, Cell, cells_of, present_code, read_runs, sb3_version, source_sha256
 from sb3 import MODELS
+from steps_to_solve import ENV_ID, EPISODES, EVERY, SIDES, SOLVED, STEPS
 from suites import EXPERTS, SUITES
 from throughput import WORKS, summary
 
@@ -33,14 +34,20 @@ STYLES = {
     "Stable-Baselines3": dict(color="#D55E00", linestyle="--"),
     "SB3's A2C": dict(color="#009E73", linestyle=":"),
     "SB3's PPO": dict(color="#CC79A7", linestyle="-."),
+    "SB3's SAC": dict(color="#E69F00", linestyle=":"),
 }
 """colours of Okabe and Ito (2008), apart for colour-blind readers, and in print by the dashes"""
 IMITATORS = {
     "bc": dict(label="behavioural cloning", color="#D55E00", linestyle="--"),
     "dagger": dict(label="DAgger", color="#0072B2", linestyle="-"),
 }
-BESIDE = ("a2c", "ppo")
-"""SB3's algorithms that are shown beside one that it does not have"""
+BESIDE = {"mbpo": ("sac",)}
+"""SB3's algorithms that are shown beside one that it does not have; ("a2c", "ppo") but for these"""
+SOLVERS = {
+    ("ours", "mbpo"): dict(label="MBPO", color="#0072B2", linestyle="-"),
+    ("ours", "sac"): dict(label="SAC", color="#009E73", linestyle="-."),
+    ("sb3", "sac"): dict(label="SB3's SAC", color="#D55E00", linestyle="--"),
+}
 EFFICIENCY = [("kfac", "CartPole-v1", 100_000), ("kfac", "Acrobot-v1", 100_000), ("kfac", "HalfCheetah-v5", 500_000)]
 """(algorithm, environment, steps) whose sample efficiency is compared with A2C's"""
 
@@ -104,8 +111,9 @@ episodes.
   too narrow: read them as a spread, not as a test.
 - **verdict**: whether the interval of the difference reaches 0; "few seeds" where that is no test.
 - DQN is Double DQN here, the script's default, and plain DQN in SB3, which has no other.
-- An algorithm that SB3 does not have stands beside SB3's A2C and PPO after the same number of steps, each with the
-  settings recommended for it here. Recommended settings for more steps than a suite's are run for the suite's.
+- An algorithm that SB3 does not have stands beside SB3's A2C and PPO (MBPO: SAC) after the same number of steps, each
+  with the settings recommended for it here. Recommended settings for more steps than a suite's are run for the
+  suite's.
 - Speed is not compared here, because these runs shared their machine with other work: see the table on throughput.
 - **published**: what others report, with their own hyperparameters and environment versions, so for orientation.
   CleanRL: mean training return ± deviation over 3 seeds, 500k steps (classic control) or 1M (MuJoCo)
@@ -179,6 +187,19 @@ fall ends it: there an early learner, and so DAgger's labels, do not get beyond 
 </details>
 """
 
+SOLVING = """
+## Steps to solve
+
+MBPO against SAC on {env_id}, each script's own settings ([steps_to_solve.py](steps_to_solve.py)): environment steps
+until the deterministic policy, evaluated every {every} steps for {episodes} fresh episodes, first reaches {solved}.
+IQM over {seeds} seeds [95 % interval], and all seeds. × is how many times fewer steps MBPO took; a run that has not
+got there in {steps} steps counts as {steps}, which is too few.
+
+{table}
+
+![Evaluation returns against environment steps]({plot})
+"""
+
 COMPOUNDING = """
 ## Compounding error
 
@@ -199,6 +220,7 @@ REPRODUCE = """
 {commands}
 python benchmarks/throughput.py
 python benchmarks/compounding_error.py --workers 2
+python benchmarks/steps_to_solve.py --workers 2
 python benchmarks/report.py
 ```
 
@@ -324,6 +346,11 @@ def dagger(rows: pd.DataFrame) -> str:
     return " †" if len(rows) and rows.apply(has_changed, axis=1).any() else ""
 
 
+def beside(algo: str) -> tuple[str, ...]:
+    """SB3's algorithms to show beside one that it does not have."""
+    return BESIDE.get(algo, ("a2c", "ppo"))
+
+
 def comparison(algo: str, env_id: str, steps: int, runs: pd.DataFrame, cells: list[Cell]) -> dict:
     """A row of a suite's table; `cells`: those of this algorithm, environment and number of steps."""
     sides = [impl for impl in LABELS if any(cell.impl == impl for cell in cells)]
@@ -333,7 +360,7 @@ def comparison(algo: str, env_id: str, steps: int, runs: pd.DataFrame, cells: li
     both = len(x) > 0 and len(y) > 0
     sb3 = estimate(iqm, y)
     if algo not in MODELS:
-        others = {other: runs_of(runs, "sb3", other, env_id, steps) for other in BESIDE}
+        others = {other: runs_of(runs, "sb3", other, env_id, steps) for other in beside(algo)}
         shown = pd.concat([shown, *others.values()])
         sb3 = "; ".join(
             f"{name.upper()} {estimate(iqm, z['eval_mean'].to_numpy())} ({len(z)})" for name, z in others.items()
@@ -427,7 +454,7 @@ def plot_suite(groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: 
         x = (np.arange(BINS) + 0.5) * steps / BINS
         shown = {"ours": ("ours", algo), "Stable-Baselines3": ("sb3", algo)}
         if algo not in MODELS:
-            shown |= {f"SB3's {other.upper()}": ("sb3", other) for other in BESIDE}
+            shown |= {f"SB3's {other.upper()}": ("sb3", other) for other in beside(algo)}
         for label, (impl, name) in shown.items():
             curves = curves_of(impl, name, env_id, steps, runs, results)
             if not curves.size:
@@ -486,6 +513,55 @@ def efficiency_rows(runs: pd.DataFrame, results: Path) -> list[dict]:
                 }
             )
     return rows
+
+
+def iqm_ratio(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+    """IQM of x / IQM of y along `axis`."""
+    return iqm(x, axis) / iqm(y, axis)
+
+
+def solving(results: Path) -> str:
+    """The section on steps_to_solve.csv, of the seeds that are complete, "" for none; draws its plot."""
+    path, evaluations = results / "steps_to_solve.csv", STEPS // EVERY
+    measured = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["seed"])
+    measured = measured.groupby("seed").filter(lambda x: len(x) == len(SIDES) * evaluations)
+    if measured.empty:
+        return ""
+    rows, needed = [], {}
+    figure, ax = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    for side, style in SOLVERS.items():
+        runs = measured.set_index(["impl", "algo", "step", "seed"]).sort_index().loc[side]
+        changed = "" if (runs["code_sha256"] == source_sha256(*side)).all() else " †"
+        returns = runs["eval_mean"].unstack("seed")
+        steps = returns.index.to_numpy()
+        solved = (returns >= SOLVED).to_numpy()
+        needed[side] = np.where(solved.any(0), steps[solved.argmax(0)], STEPS)
+        each = ", ".join(str(n) if ever else f"> {STEPS}" for n, ever in zip(needed[side], solved.any(0)))
+        rows.append(
+            {
+                "": style["label"] + changed,
+                f"steps to {number(SOLVED, 0)}": estimate(iqm, needed[side]),
+                "each seed": each,
+                "×": "1" if not rows else estimate(iqm_ratio, needed[side], needed["ours", "mbpo"]),
+                f"return after {STEPS} steps": estimate(iqm, returns.to_numpy()[-1]),
+            }
+        )
+        ax.plot(steps, iqm(returns.to_numpy()), linewidth=1.8, **style)
+        ax.fill_between(steps, *interval(iqm, returns.to_numpy()), color=style["color"], alpha=0.2, linewidth=0)
+    ax.axhline(SOLVED, color="#555555", linestyle=":", label="solved")
+    ax.set_xlim(0, STEPS)
+    tidy(ax, "environment steps", "return of the deterministic policy")
+    save(figure, results.parent / "plots" / "steps_to_solve.png")
+    return SOLVING.format(
+        env_id=ENV_ID,
+        every=EVERY,
+        episodes=EPISODES,
+        solved=number(SOLVED, 0),
+        seeds=measured["seed"].nunique(),
+        steps=STEPS,
+        table=markdown(rows),
+        plot="plots/steps_to_solve.png",
+    )
 
 
 # Imitation --------------------------------------------------------------------------------------------------
@@ -626,6 +702,7 @@ def main() -> None:
         )
     if rows := efficiency_rows(runs, args.results):
         page += EFFICIENT.format(table=markdown(rows))
+    page += solving(args.results)
     page += compounding(args.results)
     throughput = args.results / "throughput.csv"
     if throughput.exists():

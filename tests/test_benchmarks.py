@@ -2,9 +2,10 @@
 
 import importlib
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, fields
+from dataclasses import astuple, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -17,8 +18,10 @@ import pytest
 import report
 import run
 import sb3
+import steps_to_solve
 import suites
 import torch
+from stable_baselines3.common.evaluation import evaluate_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -499,3 +502,62 @@ def test_labels_are_compared_where_every_seed_is_measured(measured):
     assert "| Hopper-v5 | 500 | 500.0 [500.0, 500.0] | 1000 [1000, 1000] |" in section
     assert "| Hopper-v5 | 1000 |" not in section and section.count("| 5000 |") == 7
     assert report.imitation(cells, rows.loc[list(suites.EXPERTS.values())], results) == ""
+
+
+# Steps to solve ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short(tmp_path, monkeypatch):
+    """SAC for 201 steps with evaluations after 50, 100, 150 and 200."""
+    monkeypatch.setattr(steps_to_solve, "EVERY", 50)
+    monkeypatch.setattr(steps_to_solve, "EPISODES", 3)
+    flags = f"--total-timesteps 201 --eval-episodes 3 --learning-starts 60 --hidden-sizes 8 --output-dir {tmp_path}"
+    return sb3.parse_args("sac", flags.split())
+
+
+def test_evaluations_see_the_policy_and_leave_training_as_it_is(short):
+    sac = importlib.import_module("sac")
+    evaluated = steps_to_solve.returns_ours("sac", short)
+    states = [sac.train(replace(short, total_timesteps=steps)) for steps in (200, 201)]
+    assert len(evaluated) == 4 and evaluated[0] != evaluated[1] != evaluated[2]
+    assert evaluated[-1] == states[0]["returns"].mean()
+    one, other = (
+        torch.load(path, weights_only=True)["agent"]
+        for path in sorted(Path(short.output_dir).glob("*/checkpoint.pt"), key=os.path.getmtime)[::2]
+    )
+    for x, y in zip(one.values(), other.values(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_evaluations_of_sb3_see_its_policy(short):
+    evaluated = steps_to_solve.returns_sb3("sac", short)
+    env = sb3.make_env(short, 3)
+    model = sb3.sac_model(short, sb3.make_env(short, 1)).learn(200)
+    env.seed(short.seed + 1_000_000)
+    assert len(evaluated) == 4 and evaluated[-1] == evaluate_policy(model, env, 3)[0]
+
+
+def test_steps_to_solve_measures_what_is_missing(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(impl, algo, seed):
+        asked.append((impl, algo, seed))
+        solved = {("ours", "mbpo"): 8 + seed, ("ours", "sac"): 30, ("sb3", "sac"): 40 if seed == 1 else 99}[impl, algo]
+        return list(np.where(np.arange(1, 51) >= solved, -150.0, -1200.0))
+
+    monkeypatch.setattr(steps_to_solve, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(steps_to_solve, "measure", measure)
+    for seeds in (1, 1, 2):
+        monkeypatch.setattr("sys.argv", ["", "--seeds", str(seeds), "--results", str(tmp_path)])
+        steps_to_solve.main()
+    assert sorted(asked) == sorted((*side, seed) for side in steps_to_solve.SIDES for seed in (1, 2))
+    section = report.solving(tmp_path)
+    assert "| MBPO | 950 [900, 1000] | 900, 1000 | 1 | −150.0 [−150.0, −150.0] |" in section
+    assert "| SAC | 3000 [3000, 3000] | 3000, 3000 | 3.16 [" in section
+    assert "| SB3's SAC | 4500 [4000, 5000] | 4000, > 5000 | 4.74 [" in section and "†" not in section
+    assert (tmp_path.parent / "plots" / "steps_to_solve.png").exists()
+    path = tmp_path / "steps_to_solve.csv"
+    rows = pd.read_csv(path, index_col=steps_to_solve.KEY)
+    rows.drop(index=[("ours", "mbpo", 1)]).assign(code_sha256="older").to_csv(path)
+    assert "| MBPO † | 1000 | 1000 | 1 |" in report.solving(tmp_path)
