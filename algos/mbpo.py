@@ -159,17 +159,18 @@ class Args:
 
 
 # fmt: off
-MUJOCO = dict(checkpoint_every=50_000)
+MUJOCO = dict(learning_starts=1_000)
 RECOMMENDED = {
     "Pendulum-v1": dict(
-        learning_starts=200, learning_rate=1e-3, gradient_steps=10, hidden_sizes=(128, 128), model_frequency=200,
-        model_hidden_sizes=(64, 64, 64), rollouts_per_step=100,
+        total_timesteps=3_000, learning_starts=200, learning_rate=1e-3, tau=0.02, hidden_sizes=(128, 128),
+        model_hidden_sizes=(128, 128, 128), model_batch_size=32, patience=10, model_frequency=50, model_buffer_age=100,
+        rollouts_per_step=40, rollout_lengths=(30, 30, 0, 1),
     ),
     "HalfCheetah-v5": MUJOCO | dict(total_timesteps=400_000, gradient_steps=10),
-    "Hopper-v5": MUJOCO | dict(total_timesteps=125_000, rollout_lengths=(1, 15, 20_000, 100_000)),
+    "Hopper-v5": MUJOCO | dict(total_timesteps=125_000, checkpoint_every=50_000, rollout_lengths=(1, 15, 20_000, 100_000)),
     "Walker2d-v5": MUJOCO | dict(total_timesteps=300_000),
-    "Ant-v5": MUJOCO | dict(total_timesteps=300_000, rollout_lengths=(1, 25, 20_000, 100_000)),
-    "Humanoid-v5": MUJOCO | dict(total_timesteps=300_000, rollout_lengths=(1, 25, 20_000, 300_000)),
+    "Ant-v5": MUJOCO | dict(total_timesteps=300_000, checkpoint_every=50_000, rollout_lengths=(1, 25, 20_000, 100_000)),
+    "Humanoid-v5": MUJOCO | dict(total_timesteps=300_000, checkpoint_every=50_000, rollout_lengths=(1, 25, 20_000, 300_000)),
 }
 # fmt: on
 """Settings by environment id: `--env-id` alone takes them, an explicit flag wins."""

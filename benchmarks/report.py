@@ -19,7 +19,7 @@ from compounding_error import LABELS as LEDGE_LABELS
 from matplotlib.ticker import EngFormatter
 from run import KEY, RESULTS, Cell, cells_of, present_code, read_runs, sb3_version, source_sha256
 from sb3 import MODELS
-from steps_to_solve import ENV_ID, EPISODES, EVERY, SIDES, SOLVED, STEPS
+from steps_to_solve import ENV_ID, EPISODES, EVERY, SIDES, SOLVED
 from suites import EXPERTS, SUITES
 from throughput import WORKS, summary
 
@@ -192,8 +192,8 @@ SOLVING = """
 
 MBPO against SAC on {env_id}, each script's own settings ([steps_to_solve.py](steps_to_solve.py)): environment steps
 until the deterministic policy, evaluated every {every} steps for {episodes} fresh episodes, first reaches {solved}.
-IQM over {seeds} seeds [95 % interval], and all seeds. × is how many times fewer steps MBPO took; a run that has not
-got there in {steps} steps counts as {steps}, which is too few.
+IQM over {seeds} seeds [95 % interval], and all seeds. × is how many times fewer steps MBPO took. A run that never
+got there counts as {steps} steps.
 
 {table}
 
@@ -522,9 +522,9 @@ def iqm_ratio(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
 
 def solving(results: Path) -> str:
     """The section on steps_to_solve.csv, of the seeds that are complete, "" for none; draws its plot."""
-    path, evaluations = results / "steps_to_solve.csv", STEPS // EVERY
+    path, evaluations, longest = results / "steps_to_solve.csv", sum(SIDES.values()) // EVERY, max(SIDES.values())
     measured = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["seed"])
-    measured = measured.groupby("seed").filter(lambda x: len(x) == len(SIDES) * evaluations)
+    measured = measured.groupby("seed").filter(lambda x: len(x) == evaluations)
     if measured.empty:
         return ""
     rows, needed = [], {}
@@ -535,21 +535,21 @@ def solving(results: Path) -> str:
         returns = runs["eval_mean"].unstack("seed")
         steps = returns.index.to_numpy()
         solved = (returns >= SOLVED).to_numpy()
-        needed[side] = np.where(solved.any(0), steps[solved.argmax(0)], STEPS)
-        each = ", ".join(str(n) if ever else f"> {STEPS}" for n, ever in zip(needed[side], solved.any(0)))
+        needed[side] = np.where(solved.any(0), steps[solved.argmax(0)], longest)
+        each = ", ".join(str(n) if ever else f"> {steps[-1]}" for n, ever in zip(needed[side], solved.any(0)))
         rows.append(
             {
                 "": style["label"] + changed,
                 f"steps to {number(SOLVED, 0)}": estimate(iqm, needed[side]),
                 "each seed": each,
                 "×": "1" if not rows else estimate(iqm_ratio, needed[side], needed["ours", "mbpo"]),
-                f"return after {STEPS} steps": estimate(iqm, returns.to_numpy()[-1]),
+                "last return": f"{estimate(iqm, returns.to_numpy()[-1])} (step {steps[-1]})",
             }
         )
         ax.plot(steps, iqm(returns.to_numpy()), linewidth=1.8, **style)
         ax.fill_between(steps, *interval(iqm, returns.to_numpy()), color=style["color"], alpha=0.2, linewidth=0)
     ax.axhline(SOLVED, color="#555555", linestyle=":", label="solved")
-    ax.set_xlim(0, STEPS)
+    ax.set_xlim(0, longest)
     tidy(ax, "environment steps", "return of the deterministic policy")
     save(figure, results.parent / "plots" / "steps_to_solve.png")
     return SOLVING.format(
@@ -558,7 +558,7 @@ def solving(results: Path) -> str:
         episodes=EPISODES,
         solved=number(SOLVED, 0),
         seeds=measured["seed"].nunique(),
-        steps=STEPS,
+        steps=longest,
         table=markdown(rows),
         plot="plots/steps_to_solve.png",
     )

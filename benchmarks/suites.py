@@ -47,6 +47,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry(["trpo"], ["Hopper-v5"], range(1, 4), 1_000_000),
         Entry(["td3", "sac"], ["HalfCheetah-v5", "Hopper-v5"], range(1, 4), 100_000),
     ],
+    "model-based": [Entry(["mbpo", "sac"], ["HalfCheetah-v5"], range(1, 3), 15_000)],
     "imitation": [Entry(["bc", "dagger"], list(EXPERTS), range(1, 6), labels) for labels in (125, 250, 500, 1_000)],
     "efficiency": [Entry(["a2c", "kfac"], ["HalfCheetah-v5"], range(1, 4), 500_000)],
 }

@@ -544,7 +544,7 @@ def test_steps_to_solve_measures_what_is_missing(tmp_path, monkeypatch):
     def measure(impl, algo, seed):
         asked.append((impl, algo, seed))
         solved = {("ours", "mbpo"): 8 + seed, ("ours", "sac"): 30, ("sb3", "sac"): 40 if seed == 1 else 99}[impl, algo]
-        return list(np.where(np.arange(1, 51) >= solved, -150.0, -1200.0))
+        return list(np.where(np.arange(steps_to_solve.SIDES[impl, algo] // 100) + 1 >= solved, -150.0, -1200.0))
 
     monkeypatch.setattr(steps_to_solve, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(steps_to_solve, "measure", measure)
@@ -553,7 +553,7 @@ def test_steps_to_solve_measures_what_is_missing(tmp_path, monkeypatch):
         steps_to_solve.main()
     assert sorted(asked) == sorted((*side, seed) for side in steps_to_solve.SIDES for seed in (1, 2))
     section = report.solving(tmp_path)
-    assert "| MBPO | 950 [900, 1000] | 900, 1000 | 1 | −150.0 [−150.0, −150.0] |" in section
+    assert "| MBPO | 950 [900, 1000] | 900, 1000 | 1 | −150.0 [−150.0, −150.0] (step 3000) |" in section
     assert "| SAC | 3000 [3000, 3000] | 3000, 3000 | 3.16 [" in section
     assert "| SB3's SAC | 4500 [4000, 5000] | 4000, > 5000 | 4.74 [" in section and "†" not in section
     assert (tmp_path.parent / "plots" / "steps_to_solve.png").exists()

@@ -400,7 +400,7 @@ def test_with_real_data_alone_it_is_sac(env_id, monkeypatch):
 
     monkeypatch.setattr(mbpo, "DynamicsEnsemble", drawing_no_numbers)
     flags = f"--env-id {env_id} --total-timesteps 300 --learning-starts 100 --gradient-steps 2 --batch-size 32"
-    flags += " --hidden-sizes 16 16 --learning-rate 1e-3 --gamma 0.95 --eval-episodes 1"
+    flags += " --hidden-sizes 16 16 --learning-rate 1e-3 --gamma 0.95 --tau 0.01 --eval-episodes 1"
     real, model_free = train(mbpo, flags + " --real-ratio 1"), train(sac, flags)
     for name in ("agent", "target"):
         for one, two in zip(real[name].values(), model_free[name].values(), strict=True):
