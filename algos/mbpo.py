@@ -167,10 +167,16 @@ RECOMMENDED = {
         rollouts_per_step=40, rollout_lengths=(30, 30, 0, 1),
     ),
     "HalfCheetah-v5": MUJOCO | dict(total_timesteps=400_000, gradient_steps=10),
-    "Hopper-v5": MUJOCO | dict(total_timesteps=125_000, checkpoint_every=50_000, rollout_lengths=(1, 15, 20_000, 100_000)),
+    "Hopper-v5": MUJOCO | dict(
+        total_timesteps=125_000, checkpoint_every=50_000, rollout_lengths=(1, 15, 20_000, 100_000),
+    ),
     "Walker2d-v5": MUJOCO | dict(total_timesteps=300_000),
-    "Ant-v5": MUJOCO | dict(total_timesteps=300_000, checkpoint_every=50_000, rollout_lengths=(1, 25, 20_000, 100_000)),
-    "Humanoid-v5": MUJOCO | dict(total_timesteps=300_000, checkpoint_every=50_000, rollout_lengths=(1, 25, 20_000, 300_000)),
+    "Ant-v5": MUJOCO | dict(
+        total_timesteps=300_000, checkpoint_every=50_000, rollout_lengths=(1, 25, 20_000, 100_000),
+    ),
+    "Humanoid-v5": MUJOCO | dict(
+        total_timesteps=300_000, checkpoint_every=50_000, rollout_lengths=(1, 25, 20_000, 300_000),
+    ),
 }
 # fmt: on
 """Settings by environment id: `--env-id` alone takes them, an explicit flag wins."""

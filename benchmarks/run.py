@@ -72,9 +72,9 @@ class Args:
 
 
 @functools.cache
-def script_args(algo: str, env_id: str) -> dict:
-    """The flags that algos/{algo}.py takes for `env_id` alone."""
-    return asdict(importlib.import_module(algo).parse_args(["--env-id", env_id]))
+def script_args(algo: str, env_id: str, flags: str = "") -> dict:
+    """The arguments that algos/{algo}.py takes for `env_id` and `flags` alone."""
+    return asdict(importlib.import_module(algo).parse_args(["--env-id", env_id, *flags.split()]))
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,11 @@ class Cell:
         return "__".join(parts)
 
     @property
+    def flags(self) -> str:
+        """What it is run with beside environment, seed and steps."""
+        return FLAGS.get((self.algo, self.env_id, self.total_timesteps), "")
+
+    @property
     def script(self) -> str:
         """Path of what runs it, from the repository's root."""
         return "benchmarks/sb3.py" if self.impl == "sb3" else f"algos/{self.algo}.py"
@@ -110,7 +115,7 @@ class Cell:
         command = ["python", self.script] + ([self.algo] if self.impl == "sb3" else [])
         command += ["--env-id", self.env_id, "--seed", str(self.seed)]
         command += ["--total-timesteps", *self.steps_if_unusual] if self.steps_if_unusual else []
-        command += FLAGS.get((self.algo, self.env_id), "").split()
+        command += self.flags.split()
         return command + ["--compile"] if self.impl == "ours" and self.total_timesteps >= COMPILE_FROM else command
 
 
@@ -163,7 +168,7 @@ def code_sha256(impl: str, source: str, args: dict, sb3_version: str) -> str:
 
 def present_code(cell: Cell, sb3_version: str = stable_baselines3.__version__) -> str:
     """code_sha256 of the cell if it were run now."""
-    args = script_args(cell.algo, cell.env_id) | {"total_timesteps": cell.total_timesteps}
+    args = script_args(cell.algo, cell.env_id, cell.flags) | {"total_timesteps": cell.total_timesteps}
     return code_sha256(cell.impl, source_sha256(cell.impl, cell.algo), args, sb3_version)
 
 

@@ -24,12 +24,19 @@ EXPERTS = {
 }
 """Runs of other suites whose policy.pt2, kept in results/experts/, the suite "imitation" learns from."""
 
+LABELS = (125, 250, 500, 1_000)
+"""labels of the suite "imitation": an imitator's steps"""
+
 FLAGS = {
-    (algo, env_id): f"--expert benchmarks/results/experts/{env_id}.pt2 --eval-episodes 50{flags}"
+    (algo, env_id, labels): f"--expert benchmarks/results/experts/{env_id}.pt2 --eval-episodes 50{flags}"
     for env_id in EXPERTS
     for algo, flags in (("bc", ""), ("dagger", " --steps-per-iteration 25"))
+    for labels in LABELS
+} | {
+    # the settings for long runs act at random for 10k steps
+    ("sac", "HalfCheetah-v5", 15_000): "--learning-starts 1000",
 }
-"""What (script, environment) are run with beside the seed and the steps."""
+"""What (script, environment, steps) are run with beside the seed."""
 
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "Pendulum-v1"]
 
@@ -48,6 +55,6 @@ SUITES: dict[str, list[Entry]] = {
         Entry(["td3", "sac"], ["HalfCheetah-v5", "Hopper-v5"], range(1, 4), 100_000),
     ],
     "model-based": [Entry(["mbpo", "sac"], ["HalfCheetah-v5"], range(1, 3), 15_000)],
-    "imitation": [Entry(["bc", "dagger"], list(EXPERTS), range(1, 6), labels) for labels in (125, 250, 500, 1_000)],
+    "imitation": [Entry(["bc", "dagger"], list(EXPERTS), range(1, 6), labels) for labels in LABELS],
     "efficiency": [Entry(["a2c", "kfac"], ["HalfCheetah-v5"], range(1, 4), 500_000)],
 }

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, fields, replace
+from dataclasses import asdict, astuple, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -303,6 +303,15 @@ def test_evidence_outlives_comments_and_docstrings_but_no_change_of_code(copy, i
     assert run.source_sha256(impl, "ppo") == before
     edit(copy / file, "eps=1e-5", "eps=1e-6")
     assert run.source_sha256(impl, "ppo") != before
+
+
+def test_evidence_is_of_the_flags_that_a_cell_is_run_with():
+    cells = [cell for cell in run.cells_of("model-based") if cell.impl == "sb3"]
+    assert all("--learning-starts 1000" in " ".join(cell.command) for cell in cells) and len(cells) == 2
+    args = sb3.parse_args("sac", cells[0].command[3:])
+    ran = run.code_sha256("sb3", run.source_sha256("sb3", "sac"), asdict(args), run.stable_baselines3.__version__)
+    assert run.present_code(cells[0]) == ran
+    assert run.present_code(replace(cells[0], total_timesteps=14_000)) != ran
 
 
 def test_a_change_that_leaves_every_episode_as_it_was_is_confirmed_by_one_seed(copy, monkeypatch, capsys):
