@@ -21,7 +21,7 @@ from run import KEY, RESULTS, Cell, cells_of, present_code, read_runs, sb3_versi
 from sb3 import MODELS
 from steps_to_solve import ENV_ID, EPISODES, EVERY, SIDES, SOLVED
 from suites import EXPERTS, SUITES
-from throughput import WORKS, summary
+from throughput import MODEL_BASED_SETTINGS, WORKS, code_of, summary
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
@@ -148,6 +148,13 @@ Environment steps per second of training on the CPU, same flags and number of Py
 `python benchmarks/throughput.py`. The settings alternate and a ratio is taken over SB3 of the same round: above 1
 is faster than SB3. Compilation is not counted. The floor is the environment alone plus training's matrix products at
 the rate that the machine reaches for 256 × 256: the steps per second if nothing else took time.
+
+{table}
+"""
+
+MODEL_BASED_THROUGHPUT = """
+MBPO against sac.py with the same flags, {flags}: as it is, and its updates alone, without the time that the model
+takes ({share} of the whole here, between the second and the third training of the model).
 
 {table}
 """
@@ -397,24 +404,37 @@ def run_table(runs: pd.DataFrame) -> str:
     )
 
 
-def throughput_table(measurements: pd.DataFrame) -> str:
-    """Steps per second and the ratios to SB3, with † for what older code has measured."""
+def throughput_table(measurements: pd.DataFrame, other: str = "SB3") -> str:
+    """Steps per second and the ratios to the other side, with † for what older code has measured."""
     rows = []
     for (work, setting), row in summary(measurements).iterrows():
         codes = measurements.loc[(measurements["work"] == work) & (measurements["setting"] == setting), "code_sha256"]
-        impl = "sb3" if setting == "sb3" else "ours"
-        known = work in WORKS and (codes == source_sha256(impl, WORKS[work].algo)).all()
+        known = work in WORKS and (codes == source_sha256(*code_of(WORKS[work], setting))).all()
         rows.append(
             {
                 "work": work,
                 "setting": LABELS.get(setting, f"ours, {setting}") + ("" if known else " †"),
                 "rounds": int(row["rounds"]),
                 "steps/s (median)": number(row["steps/s"], 0),
-                **{f"ratio to SB3, {name}": number(row[name], 2) for name in ("min", "median", "max")},
+                **{f"ratio to {other}, {name}": number(row[name], 2) for name in ("min", "median", "max")},
                 "part of the floor": number(row["of floor"], 2) if row["of floor"] > 0 else "—",
             }
         )
     return markdown(rows)
+
+
+def throughput_section(measurements: pd.DataFrame) -> str:
+    """The tables of what has been measured."""
+    model_based = measurements["work"].map(lambda x: x in WORKS and WORKS[x].settings == MODEL_BASED_SETTINGS)
+    section = THROUGHPUT.format(table=throughput_table(measurements[~model_based]))
+    for work, rows in measurements[model_based].groupby("work"):
+        speed = rows.pivot(index="round", columns="setting", values="steps_per_second")
+        section += MODEL_BASED_THROUGHPUT.format(
+            flags=f"`{WORKS[work].flags}`",
+            share=f"{1 - (speed['eager'] / speed['updates']).median():.0%}",
+            table=throughput_table(rows, "sac.py"),
+        )
+    return section
 
 
 # Learning curves --------------------------------------------------------------------------------------------
@@ -706,7 +726,7 @@ def main() -> None:
     page += compounding(args.results)
     throughput = args.results / "throughput.csv"
     if throughput.exists():
-        page += THROUGHPUT.format(table=throughput_table(pd.read_csv(throughput)))
+        page += throughput_section(pd.read_csv(throughput))
     commands = "\n".join(f"python benchmarks/run.py {suite} --workers 2" for suite in suites)
     page += REPRODUCE.format(commands=commands, example=Cell(*runs.index[0]).name)
     (args.results.parent / "README.md").write_text(page)

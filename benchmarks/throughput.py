@@ -8,9 +8,11 @@ taken over SB3 of the same round. Each measurement is a process of its own, on t
 many as the work's flags ask for: it trains for the work's steps and takes the time between two boundaries of training
 iterations, the first of them after warm-up and compilation. The floor is what no implementation gets below: the
 environment's own time for a step, and the matrix products of training at the rate that this machine reaches for
-256 × 256. Writes benchmarks/results/throughput.csv and prints the ratios.
+256 × 256. MBPO, which SB3 does not have, is held against sac.py with the same flags: as it is, and without the time
+that its model takes, which leaves the updates. Writes benchmarks/results/throughput.csv and prints the ratios.
 """
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -35,6 +37,9 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+SETTINGS = ("eager", "compile", "sb3", "floor")
+MODEL_BASED_SETTINGS = ("eager", "updates", "sac")
+
 
 class Work(NamedTuple):
     """What is trained, with the same flags on both sides."""
@@ -46,6 +51,7 @@ class Work(NamedTuple):
     """environment steps before the measurement: compilation and first iterations"""
     steps: int
     """environment steps measured, 10 to 20 seconds of them"""
+    settings: tuple[str, ...] = SETTINGS
 
 
 WORKS = {
@@ -91,8 +97,15 @@ WORKS = {
         )
         for algo in ("ddpg", "td3", "sac")
     },
+    "mbpo HalfCheetah": Work(
+        algo="mbpo",
+        flags="--env-id HalfCheetah-v5 --hidden-sizes 256 256 --batch-size 256 --gradient-steps 10"
+        " --learning-starts 250",
+        warmup_steps=500,
+        steps=250,  # from one training of the model to the next
+        settings=MODEL_BASED_SETTINGS,
+    ),
 }
-SETTINGS = ("eager", "compile", "sb3", "floor")
 
 
 @dataclass
@@ -121,6 +134,27 @@ def boundaries_ours(algo: str, args, clock: Callable[[], float] = perf_counter) 
     ):
         module.train(args)
     return boundaries
+
+
+@contextlib.contextmanager
+def clock_without_model(module):
+    """Within it, mbpo.py's model runs outside the time of the clock given."""
+    spent = 0.0
+
+    def outside(function):
+        def timed(*args):
+            nonlocal spent
+            began = perf_counter()
+            result = function(*args)
+            result = result if isinstance(result, dict) else list(result)  # a generator has done nothing yet
+            spent += perf_counter() - began
+            return result
+
+        return timed
+
+    parts = ("learn_model", "branched_rollouts", "model_diagnostics")
+    with patch.multiple(module, **{name: outside(getattr(module, name)) for name in parts}):
+        yield lambda: perf_counter() - spent
 
 
 def boundaries_sb3(algo: str, args) -> list[tuple[int, float]]:
@@ -192,11 +226,22 @@ def measure(work: Work, setting: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         argv = f"{work.flags} --total-timesteps {work.warmup_steps + work.steps} --eval-episodes 1 --device cpu".split()
         argv += ["--output-dir", folder] + (["--compile"] if setting == "compile" else [])
-        args = parse_args(work.algo, argv)
+        algo = code_of(work, setting)[1]
+        args = parse_args(algo, argv)
         if setting == "floor":
-            return floor(work.algo, args)
-        boundaries = (boundaries_sb3 if setting == "sb3" else boundaries_ours)(work.algo, args)
+            return floor(algo, args)
+        if work.settings == MODEL_BASED_SETTINGS:
+            script = importlib.import_module(algo)
+            context = clock_without_model(script) if setting == "updates" else contextlib.nullcontext(perf_counter)
+            with context as clock, patch.object(script, "LOG_EVERY", work.steps):
+                return per_second(boundaries_ours(algo, args, clock), work.warmup_steps)
+        boundaries = (boundaries_sb3 if setting == "sb3" else boundaries_ours)(algo, args)
     return per_second(boundaries, work.warmup_steps)
+
+
+def code_of(work: Work, setting: str) -> tuple[str, str]:
+    """Implementation and algorithm that are measured."""
+    return "sb3" if setting == "sb3" else "ours", "sac" if setting == "sac" else work.algo
 
 
 def measure_in_process(name: str, setting: str) -> float:
@@ -214,15 +259,15 @@ def measure_in_process(name: str, setting: str) -> float:
 
 
 def summary(measurements: pd.DataFrame) -> pd.DataFrame:
-    """Per work and setting: median steps/s, its ratio to SB3 and to the floor, each to that of the same round."""
+    """Per work and setting: median steps/s, its ratio to SB3 (or sac.py) and to the floor, each of the same round."""
     speeds = measurements.pivot_table(index=["work", "round"], columns="setting", values="steps_per_second", sort=False)
-    speeds = speeds.reindex(columns=SETTINGS)  # without the floor where it was not measured
-    over_sb3, of_floor, speeds = (
+    speeds = speeds.reindex(columns=dict.fromkeys(SETTINGS + MODEL_BASED_SETTINGS))  # some were not measured
+    over_other, of_floor, speeds = (
         x.stack(future_stack=True).groupby(["work", "setting"], sort=False)
-        for x in (speeds.div(speeds["sb3"], axis=0), speeds.div(speeds["floor"], axis=0), speeds)
+        for x in (speeds.div(speeds["sb3"].fillna(speeds["sac"]), axis=0), speeds.div(speeds["floor"], axis=0), speeds)
     )
     columns = {"rounds": speeds.count(), "steps/s": speeds.median()}
-    columns |= {name: over_sb3.agg(name) for name in ("min", "median", "max")} | {"of floor": of_floor.median()}
+    columns |= {name: over_other.agg(name) for name in ("min", "median", "max")} | {"of floor": of_floor.median()}
     table = pd.DataFrame(columns)
     return table[table["rounds"] > 0]
 
@@ -239,13 +284,13 @@ def main() -> None:
     if args.rounds < 1:
         sys.exit(f"--rounds {args.rounds}: must be at least 1")
     rows, today = [], datetime.now(timezone.utc).date().isoformat()
-    bar = tqdm(total=args.rounds * len(names) * len(SETTINGS), unit="run")
+    bar = tqdm(total=args.rounds * sum(len(WORKS[name].settings) for name in names), unit="run")
     for number in range(1, args.rounds + 1):
         for name in names:
-            for setting in SETTINGS:
+            for setting in WORKS[name].settings:
                 bar.set_description(f"{name}, {setting}")
                 speed = round(measure_in_process(name, setting), 1)
-                code = source_sha256("sb3" if setting == "sb3" else "ours", WORKS[name].algo)
+                code = source_sha256(*code_of(WORKS[name], setting))
                 rows.append((name, setting, number, speed, today, code))
                 bar.update()
     bar.close()

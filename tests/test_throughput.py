@@ -1,9 +1,12 @@
 """benchmarks/throughput.py: the ratios, and the floor that they are compared with."""
 
 import importlib
+import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import report
 import throughput
 
 
@@ -53,3 +56,43 @@ def test_what_was_measured_is_the_training(monkeypatch):
     boundaries = throughput.boundaries_ours("a2c", args)
     assert [step for step, _ in boundaries] == [1000, 2000]
     assert module.Run.log is log
+
+
+def test_the_models_time_is_left_out():
+    """Also that of a generator, which works when it is asked for its items."""
+
+    def rollouts(count):
+        for i in range(count):
+            time.sleep(0.1)
+            yield i
+
+    module = SimpleNamespace(
+        learn_model=lambda: time.sleep(0.1) or {"a": 1}, branched_rollouts=rollouts, model_diagnostics=lambda: {}
+    )
+    began = time.perf_counter()
+    with throughput.clock_without_model(module) as clock:
+        assert module.learn_model() == {"a": 1} and module.model_diagnostics() == {}
+        assert [x for x in module.branched_rollouts(2) if time.sleep(0.1) is None] == [0, 1]
+        seconds = clock() - began
+    assert 0.2 < seconds < 0.3
+    assert module.branched_rollouts is rollouts
+
+
+def test_mbpo_is_held_against_sac():
+    rows = [(x, i, y / (i + 1)) for x, y in (("eager", 40.0), ("updates", 76.0), ("sac", 80.0)) for i in range(3)]
+    rows = pd.DataFrame(rows, columns=["setting", "round", "steps_per_second"])
+    rows = rows.assign(work="mbpo HalfCheetah", code_sha256="older")
+    section = report.throughput_section(pd.concat([rows, rows.assign(work="ppo CartPole", setting="sb3")]))
+    assert "(47% of the whole here" in section and "| ours, updates † | 3 | 38 | 0.95 | 0.95 | 0.95 |" in section
+    assert section.index("ppo CartPole") < section.index("MBPO against")
+    work = throughput.WORKS["mbpo HalfCheetah"]
+    assert [throughput.code_of(work, x)[1] for x in work.settings] == ["mbpo", "mbpo", "sac"]
+
+
+def test_mbpos_settings_are_measured(monkeypatch):
+    small = dict(model_hidden_sizes=(8,), ensemble_size=3, num_elites=2, patience=1, rollouts_per_step=1)
+    monkeypatch.setitem(importlib.import_module("mbpo").RECOMMENDED, "Pendulum-v1", small)
+    flags = "--env-id Pendulum-v1 --hidden-sizes 8 --batch-size 16 --gradient-steps 1 --learning-starts 100"
+    work = throughput.Work("mbpo", flags, warmup_steps=250, steps=500, settings=throughput.MODEL_BASED_SETTINGS)
+    speeds = {setting: throughput.measure(work, setting) for setting in work.settings}
+    assert speeds["eager"] < speeds["updates"] < 3 * speeds["sac"]
