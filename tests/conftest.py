@@ -11,13 +11,15 @@ class OneState(gym.Env):
 
     def __init__(self, action: str = "discrete", observation: str = "box"):
         spaces = {"box": Box(-1, 1, (1,)), "discrete": Discrete(3, start=2), "dict": Dict(a=Discrete(2))}
+        spaces["image"] = Box(0, 255, (1, 36, 36), np.uint8)
         self.observation_space = spaces[observation]
         unbounded = Box(-np.inf, np.inf, (1,))
         actions = {"discrete": Discrete(2), "box": Box(-1, 1, (1,)), "multi": MultiDiscrete([2, 2]), "any": unbounded}
         self.action_space = actions[action]
 
     def observe(self):
-        return np.zeros(1, np.float32) if isinstance(self.observation_space, Box) else 3
+        space = self.observation_space
+        return np.zeros(space.shape, space.dtype) if isinstance(space, Box) else 3
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -44,8 +46,8 @@ class OneStateTerminal(OneState):
 class Faulty(OneState):
     """Goes wrong at its 300th step: a reward or an observation that is not finite."""
 
-    def __init__(self, fault: str, action: str = "discrete"):
-        super().__init__(action)
+    def __init__(self, fault: str, action: str = "discrete", observation: str = "box"):
+        super().__init__(action, observation)
         self.fault, self.steps = fault, 0
 
     def step(self, action):
@@ -59,8 +61,41 @@ class Faulty(OneState):
         )
 
 
+class Catch(gym.Env):
+    """A ball falls from the top of 84 × 84 pixels, the paddle at the bottom catches it for a reward of 1, or misses it.
+
+    7 × 7 squares of 12 pixels; observations are the newest 4 images (4, 84, 84), zeros before the first. Actions are
+    left, stay and right. An episode is one ball: 6 steps.
+    """
+
+    observation_space, action_space = Box(0, 255, (4, 84, 84), np.uint8), Discrete(3)
+
+    def look(self):
+        image = np.zeros((84, 84), np.uint8)
+        for row, column, shade in ((self.row, self.ball, 255), (6, self.paddle, 128)):
+            image[12 * row : 12 * row + 12, 12 * column : 12 * column + 12] = shade
+        self.stack = np.concatenate([self.stack[1:], image[None]])
+        return self.stack
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.row, self.ball, self.paddle = 0, *(int(x) for x in self.np_random.integers(7, size=2))
+        self.stack = np.zeros((4, 84, 84), np.uint8)
+        return self.look(), {}
+
+    def step(self, action):
+        self.row, self.paddle = self.row + 1, int(np.clip(self.paddle + action - 1, 0, 6))
+        landed = self.row == 6
+        return self.look(), float(landed and self.ball == self.paddle), landed, False, {}
+
+
+gym.register("Catch-v0", Catch)
 gym.register("OneState-v0", OneState, max_episode_steps=10)
 gym.register("OneStateTerminal-v0", OneStateTerminal)
+gym.register("OneStateImage-v0", OneState, max_episode_steps=10, kwargs={"observation": "image"})
+gym.register("OneStateTerminalImage-v0", OneStateTerminal, kwargs={"observation": "image"})
+gym.register("OneStateImageBox-v0", OneState, max_episode_steps=10, kwargs={"observation": "image", "action": "box"})
+gym.register("BadRewardImage-v0", Faulty, max_episode_steps=10, kwargs={"fault": "reward", "observation": "image"})
 gym.register("OneStateTerminalBox-v0", OneStateTerminal, kwargs={"action": "box"})
 gym.register("OneStateBox-v0", OneState, max_episode_steps=10, kwargs={"action": "box"})
 gym.register("OneStateDiscrete-v0", OneState, max_episode_steps=10, kwargs={"observation": "discrete"})

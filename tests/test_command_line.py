@@ -52,6 +52,8 @@ class Tiny:
     """flags that only this script has to refuse, and what its message must name"""
     refitted: tuple[str, ...] = ()
     """what of a checkpoint in mid-run the run's end changes, even without a step"""
+    pixels: bool = False
+    """whether it sees uint8 images, and nothing else"""
 
 
 def rebuild_actor_critic(module, args, observation_space, action_space, checkpoint):
@@ -94,6 +96,19 @@ def rebuild_learner(module, args, observation_space, action_space, checkpoint):
     return learner
 
 
+def rebuild_pixels(name):
+    def rebuild(module, args, observation_space, action_space, checkpoint):
+        network = getattr(module, name)(observation_space, action_space)
+        network.load_state_dict(checkpoint["agent"])
+        return network
+
+    return rebuild
+
+
+PIXEL_REFUSALS = (
+    ("--env-id CartPole-v1", "uint8 images"),
+    ("--env-id OneStateImageBox-v0", "needs Discrete"),
+)
 CONTINUOUS_Q = (
     "--total-timesteps 1600 --num-envs 2 --learning-starts 100 --buffer-size 200 --batch-size 16 --train-frequency 8"
     " --hidden-sizes 8 --eval-episodes 2"
@@ -121,6 +136,19 @@ TINY = {
             ("--num-steps 0", "--num-steps"),
             ("--update-epochs 0", "--update-epochs"),
         ),
+    ),
+    "ppo_atari": Tiny(
+        flags="--total-timesteps 1024 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 1"
+        " --torch-threads 1 --learning-rate 1e-5 --eval-episodes 2",
+        rebuild=rebuild_pixels("PixelActorCritic"),
+        env_id="ALE/Klax-v5",  # games of a hundred steps
+        one_state="OneStateImage-v0",
+        explode=(
+            ("--learning-rate inf", "_loss"),
+            ("--learning-rate inf --num-minibatches 1 --total-timesteps 128", "not finite"),
+        ),
+        refusals=(*PIXEL_REFUSALS, ("--num-minibatches 3", "--num-minibatches"), ("--num-steps 0", "--num-steps")),
+        pixels=True,
     ),
     "a2c": Tiny(
         flags="--total-timesteps 512 --num-envs 2 --num-steps 16 --hidden-sizes 8 --eval-episodes 2",
@@ -532,8 +560,8 @@ def test_env_id_alone_takes_the_recommended_settings_and_an_explicit_flag_wins(a
         for argv in (["--env-id", env_id], ["--env_id", env_id], [f"--env-id={env_id}"], [f"--env_id={env_id}"]):
             args = module.parse_args(argv)
             assert args == module.Args(**{"env_id": env_id} | settings), argv
-        args = module.parse_args(["--env-id", env_id, "--total-timesteps", "77", "--hidden-sizes", "5"])
-        assert args == module.Args(**{"env_id": env_id} | settings | {"total_timesteps": 77, "hidden_sizes": (5,)})
+        args = module.parse_args(["--env-id", env_id, "--total-timesteps", "77", "--num-envs", "5"])
+        assert args == module.Args(**{"env_id": env_id} | settings | {"total_timesteps": 77, "num_envs": 5})
     unknown = module.parse_args(["--env-id", "MyOwn-v0"])
     assert unknown == module.Args(env_id="MyOwn-v0")
     default = module.Args().env_id
@@ -547,7 +575,7 @@ def test_the_file_alone_runs_and_prints_evaluation_and_run_directory_last(algo, 
     evaluation, run_dir = alone.stdout.splitlines()[-2:]
     assert re.fullmatch(r"evaluation: -?\d+\.\d+ ± \d+\.\d+ over 2 episodes", evaluation)
     assert run_dir == f"run directory: runs/{alone.dir.name}"
-    assert re.fullmatch(rf"{TINY[algo].env_id}__{algo}__1__\d+", alone.dir.name)
+    assert re.fullmatch(rf"{TINY[algo].env_id.replace('/', '-')}__{algo}__1__\d+", alone.dir.name)
     assert "Warning" not in alone.stderr and messages(alone.stderr) == []
 
 
@@ -587,7 +615,7 @@ def test_monitor_csv_reads_in_sb3_and_agrees_with_tensorboard(alone):
 @ppo_alone_if_fast
 def test_two_runs_in_the_same_second_get_two_directories(algo):
     now = int(time.time())
-    taken = [Path(f"runs/{TINY[algo].env_id}__{algo}__1__{now + k}") for k in range(60)]
+    taken = [Path(f"runs/{TINY[algo].env_id.replace('/', '-')}__{algo}__1__{now + k}") for k in range(60)]
     for path in taken:
         path.mkdir(parents=True)
     run_dir = train(algo)
@@ -613,11 +641,18 @@ def test_policy_pt2_alone_acts_like_the_checkpoints_network(algo, alone, request
     policies = []
     for run_dir in run_dirs:
         args = module_of(algo).Args(**json.loads((run_dir / "args.json").read_text())["args"])
-        env = gym.make(args.env_id)
-        policy = TINY[algo].rebuild(module_of(algo), args, env.observation_space, env.action_space, load(run_dir))
-        batches = [30 * torch.randn(n, *env.observation_space.shape) for n in (1, 7, 100)]
+        if TINY[algo].pixels:
+            observation_space, action_space = module_of(algo).check_pixel_spaces(args)
+            channels, *size = observation_space.shape
+            images = [255.0 * torch.randint(0, 2, (n, channels, 4, 4)) for n in (1, 7, 100)]
+            batches = [torch.nn.functional.interpolate(x, size).byte() for x in images]
+        else:
+            env = gym.make(args.env_id)
+            observation_space, action_space = env.observation_space, env.action_space
+            batches = [30 * torch.randn(n, *observation_space.shape) for n in (1, 7, 100)]
+        policy = TINY[algo].rebuild(module_of(algo), args, observation_space, action_space, load(run_dir))
         torch.save(batches, run_dir / "observations.pt")
-        policies.append((run_dir, batches, policy, env.action_space))
+        policies.append((run_dir, batches, policy, action_space))
     try:
         code = USE_POLICY % list(SCRIPTS)
         subprocess.run([sys.executable, "-c", code, *map(str, run_dirs)], check=True, timeout=120)
@@ -656,10 +691,14 @@ REFUSALS = (
     ("--resume a_file", "--resume"),
     ("--resume empty", "--resume"),
 )
+OF_VECTORS = ("OneStateMulti-v0", "FlattenObservation", "--capture-video")
+"""Refusals that scripts for pixels do not get to."""
 
 
 @pytest.mark.parametrize("extra, names", REFUSALS, ids=[" ".join(refusal) for refusal in REFUSALS])
 def test_refuses_in_one_line_and_leaves_nothing(algo, extra, names, capsys, monkeypatch):
+    if TINY[algo].pixels and any(x in extra + names for x in OF_VECTORS):
+        pytest.skip("refuses observations that are no images first")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Path("a_file").write_text("")
     Path("empty").mkdir()
@@ -683,7 +722,7 @@ def assert_resume_refuses(algo, run_dir, capsys, extra=""):
     assert contents(".") == before
 
 
-@pytest.mark.parametrize("extra", ["--seed 7", "--env-id Acrobot-v1", "--total-timesteps 1024 --hidden-sizes 5"])
+@pytest.mark.parametrize("extra", ["--seed 7", "--env-id Acrobot-v1", "--total-timesteps 1024 --num-envs 5"])
 def test_resume_refuses_other_flags(algo, finished, capsys, extra):
     assert_resume_refuses(algo, finished, capsys, extra)
 
@@ -741,9 +780,11 @@ def assert_checkpoint_is_finite():
 
 @pytest.mark.parametrize("bad", ["BadReward", "BadObservation"])
 def test_stops_where_the_environment_is_not_finite_and_keeps_the_last_checkpoint(algo, bad, capsys):
+    if TINY[algo].pixels and bad == "BadObservation":
+        pytest.skip("a pixel is always finite")
     env_id = TINY[algo].one_state.replace("OneState", bad)
     extra = f"--env-id {env_id} --total-timesteps 5000 --checkpoint-every 100"
-    assert_fails(algo, capsys, extra, "reward or observation", code=1)
+    assert_fails(algo, capsys, extra, "that is not finite", code=1)
     assert_checkpoint_is_finite()
     (run_dir,) = Path("runs").iterdir()
     assert 100 <= load(run_dir)["step"] < 5000

@@ -1,0 +1,267 @@
+"""algos/ppo_atari.py: the emulator's contracts, the two protocols, and whole updates against SB3's with CnnPolicy."""
+
+import gymnasium as gym
+import numpy as np
+import ppo_atari
+import pytest
+import torch
+from parity import Recorder, assert_advantages_agree, follow, largest_difference
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+
+def parse(flags: str):
+    return ppo_atari.parse_args(flags.split())
+
+
+# The environments -------------------------------------------------------------------------------------------
+
+
+def play(envs, steps: int, seed: int = 0) -> list[tuple]:
+    """What step_pixel_envs returns for random actions."""
+    rng = np.random.default_rng(seed)
+    envs.reset(seed=seed)
+    return [
+        ppo_atari.step_pixel_envs(envs, torch.as_tensor(rng.integers(envs.single_action_space.n, size=envs.num_envs)))
+        for _ in range(steps)
+    ]
+
+
+@pytest.mark.parametrize("protocol", ["machado", "nature"])
+def test_the_observation_reached_is_the_final_one_and_the_next_game_has_begun(protocol):
+    """Against the emulator's other mode, in which a step by itself begins a game: up to the end it is the same game."""
+    args = parse(f"--env-id ALE/Klax-v5 --protocol {protocol}")
+    ours = play(ppo_atari.make_pixel_envs(args, 2), 300)
+    nature = protocol == "nature"
+    other = gym.make_vec(
+        args.env_id,
+        2,
+        autoreset_mode=gym.vector.AutoresetMode.NEXT_STEP,
+        repeat_action_probability=0.0 if nature else 0.25,
+        noop_max=30 if nature else 0,
+        use_fire_reset=nature,
+        reward_clipping=False,
+    )
+    rng = np.random.default_rng(0)
+    other.reset(seed=0)
+    for n in range(2):
+        end = next(t for t, (*_, terminated, truncated, _) in enumerate(ours) if terminated[n] or truncated[n])
+        assert 50 < end < 299
+    ends = np.full(2, -1)
+    for t, (obs, reached, rewards, terminated, _, _) in enumerate(ours):
+        actions = rng.integers(other.single_action_space.n, size=2)
+        expected, expected_rewards, expected_terminated, _, _ = other.step(actions)
+        for n in np.flatnonzero(ends < 0):  # afterwards this mode is a step behind
+            assert (reached[n] == expected[n]).all() and rewards[n] == expected_rewards[n]
+            assert terminated[n] == expected_terminated[n] and (terminated[n] or (obs[n] == reached[n]).all())
+            if terminated[n]:
+                assert (obs[n] != reached[n]).any(), "the next game's first observation"
+                ends[n] = t
+        if (ends >= 0).all():
+            return
+    pytest.fail("no game ended")
+
+
+def test_observations_are_not_overwritten_by_later_steps():
+    steps = play(ppo_atari.make_pixel_envs(parse("--env-id ALE/Breakout-v5"), 2), 30)
+    copies = [obs.copy() for obs, *_ in steps]
+    for (obs, *_), copy in zip(steps, copies):
+        assert (obs == copy).all()
+    for (before, *_), (after, *_) in zip(steps, steps[1:]):
+        assert before is not after and (after[:, :3] == before[:, 1:]).all(), "the newest image comes last"
+
+
+@pytest.mark.parametrize("protocol, sticky", [("machado", True), ("nature", False)])
+def test_actions_stick_under_machados_protocol_alone(protocol, sticky):
+    """Breakout's paddle under alternating commands: two emulators with other seeds stay alike, or do not."""
+    envs = ppo_atari.make_pixel_envs(parse(f"--env-id ALE/Breakout-v5 --protocol {protocol}"), 2)
+    envs.unwrapped.reset(seed=np.array([5, 5]))
+    alike = []
+    for t in range(20):
+        obs, *_ = ppo_atari.step_pixel_envs(envs, torch.tensor([2 + t % 2] * 2))
+        alike.append((obs[0, -1] == obs[1, -1]).all())
+    assert all(alike), "one seed, one game"
+    envs.unwrapped.reset(seed=np.array([5, 6]))
+    frames = [ppo_atari.step_pixel_envs(envs, torch.tensor([2 + t % 2] * 2))[0][:, -1, 70:] for t in range(40)]
+    paddles_differ = np.mean([(a != b).any() for a, b in frames])
+    assert (paddles_differ > 0.5) == sticky, paddles_differ
+
+
+SMALL = "--num-minibatches 1 --update-epochs 1 --torch-threads 1 --eval-episodes 1 --num-envs 2"
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Every rollout's arguments of gae; nothing is evaluated, as a paddle that never serves takes 27 000 steps."""
+    calls, gae = [], ppo_atari.gae
+    monkeypatch.setattr(ppo_atari, "gae", lambda *args: calls.append(args) or gae(*args))
+    monkeypatch.setattr(ppo_atari, "evaluate", lambda *_: np.zeros(1))
+    return calls
+
+
+def test_a_lost_life_is_a_termination_for_learning_under_natures_protocol_alone(seen):
+    """In Breakout five lives are a game; what is logged are games under both."""
+    ends = {}
+    for protocol in ("machado", "nature"):
+        seen.clear()
+        flags = f"--env-id ALE/Breakout-v5 --protocol {protocol} --total-timesteps 1024 --num-steps 256 {SMALL}"
+        run = ppo_atari.train(parse(flags))
+        games = np.loadtxt(run["run_dir"] / "monitor.csv", delimiter=",", skiprows=2, ndmin=2)
+        assert (games[:, 1] > 80).all(), "five lives take more than eighty steps"
+        ends[protocol] = sum(terminated.sum().item() for *_, terminated, _, _, _ in seen), len(games)
+    assert ends["machado"][0] == ends["machado"][1] > 2
+    lost, games = ends["nature"]
+    assert games > 2 and 5 * games <= lost <= 5 * games + 2 * 4, "four lives that the game goes on after, then its end"
+
+
+def test_scores_are_the_games_and_learning_sees_their_signs(seen, monkeypatch):
+    step = ppo_atari.step_pixel_envs
+
+    def richer(envs, actions):
+        obs, reached, rewards, *rest = step(envs, actions)
+        return obs, reached, 7 * rewards, *rest
+
+    monkeypatch.setattr(ppo_atari, "step_pixel_envs", richer)
+    for extra, expected in (("", {0.0, 1.0}), ("--no-clip-rewards", {0.0, 7.0})):
+        seen.clear()
+        ppo_atari.train(parse(f"--env-id ALE/Breakout-v5 --total-timesteps 512 --num-steps 256 {SMALL} {extra}"))
+        assert set(torch.cat([rewards for rewards, *_ in seen]).unique().tolist()) == expected
+
+
+def test_an_evaluation_plays_whole_games_for_their_scores():
+    """Of a policy that serves and then moves to and fro, against the emulator by itself."""
+
+    class Restless(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.steps = torch.nn.Parameter(torch.zeros(1)), 0
+
+        def forward(self, obs):
+            self.steps += 1
+            return torch.full((len(obs),), [1, 2, 2, 3, 3][self.steps % 5])
+
+    args = parse("--env-id ALE/Breakout-v5 --eval-episodes 3")
+    scores = ppo_atari.evaluate_games(Restless(), args)
+    envs = gym.make_vec(
+        args.env_id, 3, repeat_action_probability=0.25, noop_max=0, reward_clipping=False, use_fire_reset=False
+    )
+    envs.reset(seed=args.seed + 1_000_000)
+    policy, expected, running = Restless(), np.zeros(3), np.ones(3, bool)
+    while running.any():
+        _, rewards, terminated, truncated, _ = envs.step(policy(torch.zeros(3)).numpy())
+        expected += rewards * running
+        running &= ~(terminated | truncated)
+    assert scores.tolist() == expected.tolist() and scores.max() > 0
+
+
+def test_a_time_limit_is_bootstrapped_from_its_final_observation(seen, monkeypatch):
+    make_vec, step, network, reached = gym.make_vec, ppo_atari.step_pixel_envs, [], []
+    monkeypatch.setattr(
+        gym, "make_vec", lambda *args, **kwargs: make_vec(*args, max_num_frames_per_episode=80, **kwargs)
+    )
+
+    def spy(envs, actions):
+        result = step(envs, actions)
+        reached.append(result[1].copy())
+        return result
+
+    class Network(ppo_atari.PixelActorCritic):
+        def __init__(self, *spaces):
+            super().__init__(*spaces)
+            network.append(self)
+
+    monkeypatch.setattr(ppo_atari, "step_pixel_envs", spy)
+    monkeypatch.setattr(ppo_atari, "PixelActorCritic", Network)
+    ppo_atari.train(parse(f"--env-id ALE/Pong-v5 --total-timesteps 100 --num-steps 50 {SMALL} --learning-rate 1e-30"))
+    ((_, values, next_values, terminated, truncated, _, _),) = seen
+    assert not terminated.any() and truncated.sum() == 4 and truncated[19].all() and truncated[39].all()
+    with torch.no_grad():
+        expected = torch.stack(
+            [network[0].logits_and_values(network[0].encode(torch.as_tensor(x)))[1] for x in reached]
+        )
+    torch.testing.assert_close(next_values, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(next_values[:-1][~truncated[:-1]], values[1:][~truncated[:-1]])
+    assert ((next_values[19] - values[20]).abs() > 1e-4).all()
+
+
+# Against Stable-Baselines3 ----------------------------------------------------------------------------------
+
+
+def copy_cnn_weights(policy, agent):
+    """SB3's ActorCriticCnnPolicy → PixelActorCritic; returns the agent."""
+    theirs = [*policy.features_extractor.cnn, *policy.features_extractor.linear]
+    for ours, other in zip(agent.trunk, theirs, strict=True):
+        ours.load_state_dict(other.state_dict())
+    agent.actor.load_state_dict(policy.action_net.state_dict())
+    agent.critic.load_state_dict(policy.value_net.state_dict())
+    return agent
+
+
+def test_update_parity_with_sb3(monkeypatch, record_property):
+    """Three rollouts through SB3's own train() and through ours: same weights, same images, same minibatch order."""
+    T, N, iterations = 32, 4, 3
+    args = ppo_atari.Args(num_envs=N, num_steps=T, num_minibatches=2, update_epochs=3, learning_rate=1e-3)
+    env = Recorder(DummyVecEnv([lambda n=n: gym.make("Catch-v0", max_episode_steps=4 + n) for n in range(N)]))
+    model = PPO(
+        "CnnPolicy",
+        env,
+        learning_rate=args.learning_rate,
+        n_steps=T,
+        batch_size=T * N // args.num_minibatches,
+        n_epochs=args.update_epochs,
+        clip_range=args.clip_coef,
+        ent_coef=args.ent_coef,
+        policy_kwargs=dict(optimizer_kwargs=dict(eps=1e-5)),
+        seed=0,
+        device="cpu",
+    )
+    spaces = env.observation_space, env.action_space
+    agent = copy_cnn_weights(model.policy, ppo_atari.PixelActorCritic(*spaces))
+    before = {name: p.clone() for name, p in agent.named_parameters()}
+    optimizer = torch.optim.Adam(agent.parameters(), torch.tensor(args.learning_rate), eps=1e-5, fused=True)
+    permutation, orders = np.random.permutation, []
+    monkeypatch.setattr(np.random, "permutation", lambda n: orders.append(permutation(n)) or orders[-1])
+
+    def update(obs, next_obs, actions, rewards, terminated, truncated):
+        with torch.no_grad():
+            logits, values = agent.logits_and_values(agent.encode(obs.flatten(0, 1)))
+            _, next_values = agent.logits_and_values(agent.encode(next_obs.flatten(0, 1)))
+            log_probs, _ = ppo_atari.categorical_log_prob_and_entropy(logits, actions.flatten())
+        values, next_values = values.view(T, N), next_values.view(T, N)
+        advantages = ppo_atari.gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
+        assert_advantages_agree(model, advantages)
+        batch = (obs, actions, log_probs.view(T, N), values, advantages, advantages + values)
+        batch = [x.flatten(0, 1) for x in batch]
+        for order in orders:
+            order = torch.as_tensor(order % T * N + order // T)  # SB3 counts its samples environment by environment
+            for indices in order.chunk(args.num_minibatches):
+                minibatch = ppo_atari.PixelBatch(*(x[indices] for x in batch))
+                ppo_atari.pixel_ppo_update(agent, optimizer, minibatch, args.clip_coef, args)
+        orders.clear()
+
+    follow(model, T * N * iterations, update)
+    reference = copy_cnn_weights(model.policy, ppo_atari.PixelActorCritic(*spaces))
+    worst = largest_difference(agent, reference, before)
+    record_property("relative difference", worst)
+    print(f"largest relative difference of a parameter {worst:.1e}")
+    assert worst < 1e-4
+
+
+def test_both_networks_start_from_the_same_distribution():
+    """Gains and biases of SB3's, layer by layer."""
+    model = PPO("CnnPolicy", DummyVecEnv([lambda: gym.make("Catch-v0")]), device="cpu")
+    ours = ppo_atari.PixelActorCritic(model.observation_space, model.action_space)
+    theirs = copy_cnn_weights(model.policy, ppo_atari.PixelActorCritic(model.observation_space, model.action_space))
+    for x, y in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert x.shape == y.shape
+        torch.testing.assert_close(x.norm(), y.norm(), rtol=1e-4, atol=1e-6)
+
+
+# Learning ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_learns_to_catch_from_pixels(seed):
+    flags = f"--env-id Catch-v0 --seed {seed} --total-timesteps 30000 --learning-rate 1e-3 --eval-episodes 100"
+    assert ppo_atari.train(parse(flags))["returns"].mean() >= 0.9
