@@ -96,10 +96,10 @@ def rebuild_learner(module, args, observation_space, action_space, checkpoint):
     return learner
 
 
-def rebuild_pixels(name):
+def rebuild_pixels(name, key):
     def rebuild(module, args, observation_space, action_space, checkpoint):
         network = getattr(module, name)(observation_space, action_space)
-        network.load_state_dict(checkpoint["agent"])
+        network.load_state_dict(checkpoint[key])
         return network
 
     return rebuild
@@ -140,7 +140,7 @@ TINY = {
     "ppo_atari": Tiny(
         flags="--total-timesteps 1024 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 1"
         " --torch-threads 1 --learning-rate 1e-5 --eval-episodes 2",
-        rebuild=rebuild_pixels("PixelActorCritic"),
+        rebuild=rebuild_pixels("PixelActorCritic", "agent"),
         env_id="ALE/Klax-v5",  # games of a hundred steps
         one_state="OneStateImage-v0",
         explode=(
@@ -242,6 +242,24 @@ TINY = {
             ("--exploration boltzmann --exploration-start 0", "--exploration-start"),
             ("--train-frequency 0", "--train-frequency"),
         ),
+    ),
+    "dqn_atari": Tiny(
+        flags="--total-timesteps 1600 --num-envs 2 --learning-starts 1000 --buffer-size 1000 --batch-size 8"
+        " --train-frequency 40 --gradient-steps 1 --exploration-end 0.9 --torch-threads 1 --eval-episodes 2",
+        rebuild=rebuild_pixels("PixelQNetwork", "network"),
+        env_id="ALE/Klax-v5",  # games of a hundred steps
+        one_state="OneStateImage-v0",
+        values="losses/q_values",
+        explode=(("--learning-rate inf", "not finite"),),
+        refusals=(
+            *PIXEL_REFUSALS,
+            ("--buffer-size 10", "--buffer-size"),
+            ("--buffer-size 1_000_000_000_000", "bytes"),
+            ("--n-step 0", "--n-step"),
+            ("--exploration-fraction 0", "--exploration-fraction"),
+            ("--train-frequency 0", "--train-frequency"),
+        ),
+        pixels=True,
     ),
     "ddpg": Tiny(
         flags=f"{CONTINUOUS_Q} --noise ou",

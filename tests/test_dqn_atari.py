@@ -1,0 +1,267 @@
+"""algos/dqn_atari.py: the buffer that holds every image once, and whole updates against SB3's with CnnPolicy."""
+
+import copy
+
+import dqn_atari
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+from parity import Recorder, assert_parameters_agree, follow_replay
+from stable_baselines3 import DQN
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+CPU = torch.device("cpu")
+
+
+def parse(flags: str):
+    return dqn_atari.parse_args(flags.split())
+
+
+# The buffer -------------------------------------------------------------------------------------------------
+
+
+class Reference:
+    """What a buffer of whole observations would hold: for every row of `buffer`, the newest transition put there."""
+
+    def __init__(self, buffer):
+        self.buffer, self.truth, self.where = buffer, {}, []
+
+    def add(self, *step):
+        self.buffer.add(*step)
+        obs, actions, rewards, next_obs, terminated, truncated, ended = (np.array(x) for x in step)
+        rows = self.buffer.rows(self.buffer.newest - 1, torch.arange(len(obs))).tolist()
+        for n, row in enumerate(rows):
+            now = obs[n], actions[n], rewards[n], next_obs[n], terminated[n], truncated[n]
+            self.truth[row] = [*now, ended[n], None]
+            if len(self.where) and not self.where[-1][n][1]:
+                self.truth[self.where[-1][n][0]][-1] = row  # the step before led here
+        self.where.append([(row, bool(end)) for row, end in zip(rows, ended)])
+
+    def check(self, rows=None) -> int:
+        """Every usable row's transition is the true one; returns how many there are."""
+        usable = self.buffer.usable.nonzero().squeeze(1)
+        for row in usable.tolist():
+            batch, discounts = self.buffer.get(torch.tensor([row]), 1, 0.9)
+            for ours, true in zip(batch, self.truth[row]):
+                assert np.array_equal(ours[0].numpy(), true), row
+            assert discounts.item() == pytest.approx(0.9)
+        return len(usable)
+
+
+def test_stacks_are_the_environments_own_over_10_000_steps():
+    """Two games, in a ring that they fill several times over; episodes end many times, two at once too."""
+    args = parse("--env-id ALE/Klax-v5")
+    envs = dqn_atari.make_pixel_envs(args, 2)
+    buffer = Reference(dqn_atari.FrameBuffer(2 * 701, 2, envs.single_observation_space, CPU))
+    rng, ends = np.random.default_rng(0), 0
+    obs, _ = envs.reset(seed=0)
+    for t in range(5_000):
+        actions = rng.integers(envs.single_action_space.n, size=2)
+        acted_on = obs
+        obs, next_obs, rewards, terminated, truncated, _ = dqn_atari.step_pixel_envs(envs, torch.as_tensor(actions))
+        ended = terminated | truncated
+        ends += ended.sum()
+        buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated, ended)
+        if t % 1000 == 999:
+            assert 0.93 * 1402 < buffer.check() < 1402
+    assert ends > 50
+
+
+def images(*values) -> np.ndarray:
+    """An observation (1, K, 2, 2) with these images."""
+    return np.array(values, np.uint8).reshape(1, -1, 1, 1) * np.ones((1, 1, 2, 2), np.uint8)
+
+
+def episode(buffer, start: int, length: int, terminated: bool = True) -> list[int]:
+    """Puts an episode of numbered images into the buffer of one environment; returns the rows of its steps."""
+    rows = []
+    for t in range(start, start + length):
+        end = np.array([t == start + length - 1])
+        last = end & terminated, end & (not terminated)
+        buffer.add(images(t, t + 1, t + 2), [t % 5], [float(t)], images(t + 1, t + 2, t + 3), *last, end)
+        rows += buffer.rows(buffer.newest - 1, torch.arange(1)).tolist()
+    return rows
+
+
+def small_buffer(capacity=40) -> dqn_atari.FrameBuffer:
+    return dqn_atari.FrameBuffer(capacity, 1, Box(0, 255, (3, 2, 2), np.uint8), CPU)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10])
+def test_n_step_transitions_against_their_definition(n):
+    """Within an episode; up to a termination, a time limit, and the newest step."""
+    buffer, gamma = small_buffer(), 0.9
+    ends = {
+        "terminated": episode(buffer, 0, 5),
+        "truncated": episode(buffer, 50, 6, terminated=False),
+        "newest": episode(buffer, 100, 4)[:4],
+    }
+    buffer.terminated[ends["newest"][-1]] = False  # as if the episode went on
+    for (kind, rows), start in zip(ends.items(), (0, 50, 100)):
+        for i, row in enumerate(rows):
+            m = min(n, len(rows) - i)
+            batch, discounts = buffer.get(torch.tensor([row]), n, gamma)
+            t = start + i
+            assert (batch.observations.numpy() == images(t, t + 1, t + 2)).all()
+            assert (batch.next_observations.numpy() == images(t + m, t + m + 1, t + m + 2)).all()
+            assert batch.rewards.item() == pytest.approx(sum(gamma**k * (t + k) for k in range(m)))
+            assert discounts.item() == pytest.approx(gamma**m) and batch.actions.item() == t % 5
+            reached_end = i + m == len(rows)
+            assert batch.terminated.item() == (kind == "terminated" and reached_end)
+            assert batch.truncated.item() == (kind == "truncated" and reached_end)
+
+
+def test_a_lost_life_ends_a_window_but_not_the_row_of_images():
+    buffer = small_buffer()
+    for t in range(4):
+        flags = np.array([t == 1]), np.array([False]), np.array([False])
+        buffer.add(images(t, t + 1, t + 2), [0], [1.0], images(t + 1, t + 2, t + 3), *flags)
+    assert buffer.newest.item() == 6, "3 images, then one for each step"
+    batch, discounts = buffer.get(torch.tensor([2, 4]), 3, 0.5)
+    assert batch.rewards.tolist() == [1.5, 1.5] and discounts.tolist() == [0.25, 0.25]
+    assert batch.terminated.tolist() == [True, False]
+
+
+def test_every_usable_row_is_drawn_equally_often():
+    buffer = small_buffer(20)
+    for start in (0, 40, 80, 120):
+        episode(buffer, start, 6)
+    usable = buffer.usable.nonzero().squeeze(1)
+    assert 8 < len(usable) < 18
+    torch.manual_seed(0)
+    counts = torch.bincount(buffer.draw_rows(20_000), minlength=20)
+    assert counts[~buffer.usable].sum() == 0
+    assert (counts[usable] / 20_000 - 1 / len(usable)).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("steps", [1, 7, 30, 100])
+def test_a_restored_buffer_holds_the_same_and_goes_on_with_a_new_episode(steps):
+    buffer, other = small_buffer(), small_buffer()
+    for start in range(0, steps, 10):
+        episode(buffer, start, min(10, steps - start) - (start + 10 >= steps), terminated=False)
+    other.load_state_dict(copy.deepcopy(buffer.state_dict()))
+    for name in ("images", "actions", "rewards", "terminated", "truncated", "usable", "newest"):
+        assert getattr(other, name).equal(getattr(buffer, name)), name
+    assert len(buffer.state_dict()["images"][0]) == min(buffer.newest.item() + 1, 40), "what is not filled is not kept"
+    rows = episode(other, 200, 3)
+    batch, _ = other.get(torch.tensor(rows), 1, 0.9)
+    assert (batch.observations.numpy() == np.concatenate([images(t, t + 1, t + 2) for t in (200, 201, 202)])).all()
+
+
+def test_a_million_transitions_take_no_more_than_7_2_gb():
+    """100 000 images, measured by what their tensors hold, in games as short as Klax's random ones."""
+    space = Box(0, 255, (4, 84, 84), np.uint8)
+    buffer = dqn_atari.FrameBuffer(100_000, 8, space, CPU)
+    tensors = [x for x in vars(buffer).values() if isinstance(x, torch.Tensor)]
+    assert 10 * sum(x.nbytes for x in tensors) <= 7.2e9
+
+
+def test_images_that_are_no_stack_are_refused(capsys):
+    buffer = small_buffer()
+    no = np.array([False])
+    with pytest.raises(SystemExit):
+        buffer.add(images(1, 2, 3), [0], [0.0], images(7, 8, 9), no, no, no)
+    assert "ppo_atari.py" in capsys.readouterr().err
+
+
+# Against Stable-Baselines3 ----------------------------------------------------------------------------------
+
+
+class LikeTheirs:
+    """Our buffer under the interface of parity.follow_replay: rows are those of SB3's buffer of one environment."""
+
+    def __init__(self, capacity: int, space: Box):
+        self.capacity, self.steps, self.row_of = capacity, 0, {}
+        self.frames = dqn_atari.FrameBuffer(3 * capacity, 1, space, CPU)
+
+    def add(self, obs, actions, rewards, next_obs, terminated, truncated):
+        self.frames.add(obs, actions, rewards, next_obs, terminated, truncated, terminated | truncated)
+        (self.row_of[self.steps % self.capacity],) = self.frames.rows(self.frames.newest - 1, torch.arange(1)).tolist()
+        self.steps += 1
+
+    def draw_rows(self, batch_size: int):
+        return torch.randint(min(self.steps, self.capacity), (batch_size,))
+
+    def ours(self, rows):
+        return torch.tensor([self.row_of[row] for row in rows.tolist()])
+
+
+class EndingBothWays(gym.Wrapper):
+    """Balls to catch, every other one of which a time limit stops in mid-air."""
+
+    def __init__(self):
+        super().__init__(gym.make("Catch-v0"))
+        self.balls = 0
+
+    def reset(self, **kwargs):
+        self.balls, self.steps = self.balls + 1, 0
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        self.steps += 1
+        return obs, reward, terminated, self.balls % 2 == 0 and self.steps == 4, info
+
+
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_updates_agree_with_sb3(n_step, record_property):
+    """SB3's own learn() and train(), over the same images with the same minibatches, in a buffer that overflows."""
+    env = Recorder(DummyVecEnv([EndingBothWays]))
+    settings = dict(learning_rate=1e-4, batch_size=16, gamma=0.97, max_grad_norm=0.5)
+    model = DQN(
+        "CnnPolicy",
+        env,
+        **settings,
+        buffer_size=150,
+        learning_starts=40,
+        train_freq=4,
+        gradient_steps=1,
+        target_update_interval=20,
+        tau=0.7,
+        exploration_initial_eps=1.0,
+        exploration_final_eps=0.5,
+        n_steps=n_step,
+        policy_kwargs=dict(net_arch=[]),
+        seed=0,
+        device="cpu",
+    )
+    args = dqn_atari.Args(double=False, n_step=n_step, **settings)
+    network = dqn_atari.PixelQNetwork(env.observation_space, env.action_space)
+    for ours, theirs in zip(network.parameters(), model.q_net.parameters(), strict=True):
+        ours.data.copy_(theirs.data)
+    target = copy.deepcopy(network).requires_grad_(False)
+    before = copy.deepcopy(network.state_dict())
+    optimizer = dqn_atari.vector_adam(network, args.learning_rate)
+    buffer = LikeTheirs(150, env.observation_space)
+    seen = 40
+
+    def update(rows):
+        nonlocal seen
+        for step in range(seen, model.num_timesteps):
+            if step // 20 < (step + 1) // 20:
+                dqn_atari.polyak_update(target, network, 0.7)
+        seen = model.num_timesteps
+        batch, discounts = buffer.frames.get(buffer.ours(rows), n_step, args.gamma)
+        dqn_atari.dqn_update(network, target, optimizer, batch, discounts, args)
+
+    updates = follow_replay(model, buffer, 300, update)
+    assert updates > 50
+    worst = max(
+        assert_parameters_agree(network, model.q_net, 1e-4, before),
+        assert_parameters_agree(target, model.q_net_target, 1e-4, before),
+    )
+    record_property("largest difference", worst)
+    print(f"dqn_atari, n = {n_step}: largest difference {worst:.1e} after {updates} updates")
+
+
+# Learning ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_learns_to_catch_from_pixels(seed):
+    flags = f"--env-id Catch-v0 --seed {seed} --total-timesteps 20000 --learning-starts 1000 --buffer-size 20000"
+    flags += " --exploration-fraction 0.5 --target-frequency 200 --learning-rate 5e-4 --gradient-steps 1"
+    assert dqn_atari.train(parse(f"{flags} --eval-episodes 100"))["returns"].mean() >= 0.9
