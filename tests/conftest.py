@@ -19,7 +19,9 @@ class OneState(gym.Env):
 
     def observe(self):
         space = self.observation_space
-        return np.zeros(space.shape, space.dtype) if isinstance(space, Box) else 3
+        if not isinstance(space, Box):
+            return 3
+        return np.full(space.shape, 255 if space.dtype == np.uint8 else 0, space.dtype)
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

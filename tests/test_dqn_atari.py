@@ -11,6 +11,7 @@ from gymnasium.spaces import Box
 from parity import Recorder, assert_parameters_agree, follow_replay
 from stable_baselines3 import DQN
 from stable_baselines3.common.vec_env import DummyVecEnv
+from test_learning import last_scalar
 
 CPU = torch.device("cpu")
 
@@ -257,6 +258,24 @@ def test_updates_agree_with_sb3(n_step, record_property):
 
 
 # Learning ---------------------------------------------------------------------------------------------------
+
+
+ONE_STATE = "--num-envs 1 --learning-starts 100 --buffer-size 5000 --train-frequency 4 --gradient-steps 2 --tau 0.5"
+ONE_STATE += " --target-frequency 4 --loss squared --learning-rate 1e-3 --max-grad-norm 1000 --total-timesteps 3000"
+
+
+@pytest.mark.parametrize(
+    "env_id, batch_size, value, tolerance",
+    [
+        ("OneStateImage-v0", 16, 100, 5),
+        pytest.param("OneStateTerminalImage-v0", 64, 1 / (1 - 0.99 * 0.9), 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_time_limit_is_bootstrapped_and_a_termination_is_not(env_id, batch_size, value, tolerance):
+    """As in tests/test_learning.py."""
+    flags = f"--env-id {env_id} --batch-size {batch_size} {ONE_STATE} --torch-threads 1 --eval-episodes 1"
+    run = dqn_atari.train(parse(flags))
+    assert last_scalar(run["run_dir"], "losses/q_values") == pytest.approx(value, abs=tolerance)
 
 
 @pytest.mark.slow

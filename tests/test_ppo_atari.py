@@ -8,6 +8,7 @@ import torch
 from parity import Recorder, assert_advantages_agree, follow, largest_difference
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
+from test_learning import last_scalar
 
 
 def parse(flags: str):
@@ -258,6 +259,23 @@ def test_both_networks_start_from_the_same_distribution():
 
 
 # Learning ---------------------------------------------------------------------------------------------------
+
+
+ONE_STATE = "--num-envs 4 --num-minibatches 1 --update-epochs 2 --no-anneal-lr --max-grad-norm 1000 --gae-lambda 1"
+ONE_STATE += " --learning-rate 1e-3 --total-timesteps 10000 --torch-threads 1 --eval-episodes 1"
+
+
+@pytest.mark.parametrize(
+    "env_id, num_steps, value, tolerance",
+    [
+        ("OneStateImage-v0", 10, 100, 5),
+        ("OneStateTerminalImage-v0", 40, np.mean([(1 - 0.99**k) / 0.01 for k in range(1, 11)]), 0.5),
+    ],
+)
+def test_a_time_limit_is_bootstrapped_and_a_termination_is_not(env_id, num_steps, value, tolerance):
+    """As in tests/test_learning.py."""
+    run = ppo_atari.train(parse(f"--env-id {env_id} --num-steps {num_steps} {ONE_STATE}"))
+    assert last_scalar(run["run_dir"], "losses/values") == pytest.approx(value, abs=tolerance)
 
 
 @pytest.mark.slow
