@@ -167,6 +167,29 @@ def test_images_that_are_no_stack_are_refused(capsys):
     assert "ppo_atari.py" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("protocol", ["machado", "nature"])
+def test_what_the_buffer_holds_of_a_game_of_five_lives(protocol, monkeypatch):
+    """Signs of rewards; a lost life as a termination under nature's protocol alone; no image more than there are."""
+    step = dqn_atari.step_pixel_envs
+
+    def richer(envs, actions):
+        obs, reached, rewards, *rest = step(envs, actions)
+        return obs, reached, 7 * rewards, *rest
+
+    monkeypatch.setattr(dqn_atari, "step_pixel_envs", richer)
+    monkeypatch.setattr(dqn_atari, "evaluate", lambda *_: np.zeros(1))
+    flags = f"--env-id ALE/Breakout-v5 --protocol {protocol} --num-envs 2 --total-timesteps 1000 --buffer-size 2000"
+    run_dir = dqn_atari.train(parse(f"{flags} --learning-starts 1000 --torch-threads 1"))["run_dir"]
+    buffer = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]
+    games = np.loadtxt(run_dir / "monitor.csv", delimiter=",", skiprows=2, ndmin=2)
+    usable, terminated = buffer["usable"], buffer["terminated"] & buffer["usable"]
+    assert usable.sum() == 1000 and len(games) > 2 and games[:, 0].max() >= 2
+    assert buffer["rewards"][usable].unique().tolist() == [0, 1]
+    assert (buffer["newest"] + 1).sum() == 1000 + 4 * (len(games) + 2), "4 more for each game that has begun"
+    lives = {"machado": 1, "nature": 5}[protocol]
+    assert lives * len(games) <= terminated.sum() <= lives * len(games) + (lives - 1) * 2
+
+
 # Against Stable-Baselines3 ----------------------------------------------------------------------------------
 
 
