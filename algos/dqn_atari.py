@@ -222,7 +222,6 @@ class FrameBuffer:
         self.newest[envs] += 1
         rows = self.rows(self.newest[envs], envs)
         self.images[rows] = images.to(self.images.device)
-        self.usable[rows] = False
         self.usable[self.rows(self.newest[envs] + self.stack - 1, envs)] = False
 
     def add(self, obs, actions, rewards, next_obs, terminated, truncated, ended) -> None:

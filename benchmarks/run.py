@@ -145,13 +145,19 @@ def script_sha256(cell: Cell) -> str:
 
 def source_sha256(impl: str, algo: str) -> str:
     """Of the syntax tree, without docstrings, of algos/{algo}.py or of the functions of sb3.py that run `algo`."""
-    path = ROOT / "algos" / f"{algo}.py" if impl == "ours" else ROOT / "benchmarks" / "sb3.py"
-    tree = ast.parse(path.read_text())
+    if impl == "ours":
+        return tree_sha256((ROOT / "algos" / f"{algo}.py").read_text())
+    return tree_sha256((ROOT / "benchmarks" / "sb3.py").read_text(), (MODELS[algo].__name__, "make_env", "train"))
+
+
+@functools.cache
+def tree_sha256(text: str, functions: tuple[str, ...] | None = None) -> str:
+    """Of a script's syntax tree without docstrings, or of these functions' alone."""
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):  # a bare string is a docstring, also below a field
             node.body = [x for x in node.body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
-    if impl == "sb3":
-        functions = {MODELS[algo].__name__, "make_env", "train"}
+    if functions:
         tree.body = [node for node in tree.body if getattr(node, "name", None) in functions]
     # Python 3.13 leaves empty fields out, older versions write them: out with them, for one hash everywhere.
     dump = re.sub(r"(, )?\w+=(\[\]|Load\(\))", "", ast.dump(tree)).replace("(, ", "(")

@@ -244,7 +244,7 @@ TINY = {
         ),
     ),
     "dqn_atari": Tiny(
-        flags="--total-timesteps 1600 --num-envs 2 --learning-starts 1000 --buffer-size 1000 --batch-size 8"
+        flags="--total-timesteps 1000 --num-envs 2 --learning-starts 500 --buffer-size 800 --batch-size 8"
         " --train-frequency 40 --gradient-steps 1 --exploration-end 0.9 --torch-threads 1 --eval-episodes 2",
         rebuild=rebuild_pixels("PixelQNetwork", "network"),
         env_id="ALE/Klax-v5",  # games of a hundred steps
