@@ -267,7 +267,7 @@ class FrameBuffer:
         """
         steps = torch.arange(n, device=rows.device)
         window = self.after(rows.unsqueeze(1), steps)  # (B, n)
-        ends = self.terminated[window] | self.truncated[window] | ~self.usable[self.after(window, 1)]
+        ends = self.terminated[window] | ~self.usable[self.after(window, 1)]
         counts = ends.int().cumsum(1) - ends.int() == 0  # up to the first end, and with it
         length = counts.sum(1)
         last = window.gather(1, length.unsqueeze(1) - 1).squeeze(1)

@@ -568,5 +568,9 @@ def test_steps_to_solve_measures_what_is_missing(tmp_path, monkeypatch):
     assert (tmp_path.parent / "plots" / "steps_to_solve.png").exists()
     path = tmp_path / "steps_to_solve.csv"
     rows = pd.read_csv(path, index_col=steps_to_solve.KEY)
+    never = rows.copy()
+    never.loc[("ours", "mbpo", 2), "eval_mean"] = -1200.0
+    never.to_csv(path)
+    assert "| MBPO | 2950 [900, 5000] | 900, > 3000 |" in report.solving(tmp_path)
     rows.drop(index=[("ours", "mbpo", 1)]).assign(code_sha256="older").to_csv(path)
     assert "| MBPO † | 1000 | 1000 | 1 |" in report.solving(tmp_path)
