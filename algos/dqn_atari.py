@@ -8,7 +8,7 @@ The algorithm is that of dqn.py,
 
 with a convolutional network. Details that matter, and why:
 - The replay buffer holds every image once, and builds the observations of 4 images when they are drawn: a million
-  transitions take 7.1 GB instead of 57.
+  transitions take 7.1 GB instead of 56.
 - ale_py's own C++ environments: a step is 4 frames, the last two of them maximised (sprites flicker), grey, 84 × 84;
   an observation is the newest 4 of such images. A step is an agent's step: 1 M steps are 4 M frames.
 - Two protocols. `machado` (Machado et al. 2018, arXiv 1709.06009): the emulator repeats the last action with

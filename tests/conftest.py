@@ -11,7 +11,7 @@ class OneState(gym.Env):
 
     def __init__(self, action: str = "discrete", observation: str = "box"):
         spaces = {"box": Box(-1, 1, (1,)), "discrete": Discrete(3, start=2), "dict": Dict(a=Discrete(2))}
-        spaces["image"] = Box(0, 255, (1, 36, 36), np.uint8)
+        spaces |= {name: Box(0, 255, (1, n, n), np.uint8) for name, n in (("image", 36), ("small image", 35))}
         self.observation_space = spaces[observation]
         unbounded = Box(-np.inf, np.inf, (1,))
         actions = {"discrete": Discrete(2), "box": Box(-1, 1, (1,)), "multi": MultiDiscrete([2, 2]), "any": unbounded}
@@ -94,6 +94,7 @@ class Catch(gym.Env):
 gym.register("Catch-v0", Catch)
 gym.register("OneState-v0", OneState, max_episode_steps=10)
 gym.register("OneStateTerminal-v0", OneStateTerminal)
+gym.register("OneStateSmallImage-v0", OneState, max_episode_steps=10, kwargs={"observation": "small image"})
 gym.register("OneStateImage-v0", OneState, max_episode_steps=10, kwargs={"observation": "image"})
 gym.register("OneStateTerminalImage-v0", OneStateTerminal, kwargs={"observation": "image"})
 gym.register("OneStateImageBox-v0", OneState, max_episode_steps=10, kwargs={"observation": "image", "action": "box"})

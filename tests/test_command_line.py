@@ -107,6 +107,7 @@ def rebuild_pixels(name, key):
 
 PIXEL_REFUSALS = (
     ("--env-id CartPole-v1", "uint8 images"),
+    ("--env-id OneStateSmallImage-v0", "36 × 36"),
     ("--env-id OneStateImageBox-v0", "needs Discrete"),
 )
 CONTINUOUS_Q = (

@@ -381,6 +381,14 @@ def test_prediction_errors_are_of_unseen_windows_within_episodes():
     assert mbpo.prediction_errors(model, buffer, 6, 1)[0] > 1
     assert np.isnan(mbpo.prediction_errors(model, buffer, 2, 4)).all(), "no window is that long"
 
+    seen = []
+    model.predict = lambda states, actions: (seen.append(states) or states, states.abs().mean(-1))
+    charts = mbpo.model_diagnostics(model, buffer, 3)
+    newest = torch.stack([buffer.data.observations[(buffer.position - k) % buffer.capacity] for k in range(1, 7)])
+    assert seen[-1].equal(newest) and charts["disagreement"] == pytest.approx(newest.abs().mean().item())
+    assert charts.keys() == {"disagreement"}, "three steps hold no window of five"
+    assert mbpo.model_diagnostics(model, buffer, 20).keys() == {"one_step_error", "k_step_error", "disagreement"}
+
 
 # The policy -------------------------------------------------------------------------------------------------
 
