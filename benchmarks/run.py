@@ -33,7 +33,7 @@ from pathlib import Path
 import pandas as pd
 import stable_baselines3
 import tyro
-from sb3 import MODELS
+from sb3 import MODELS, maker_of
 from suites import FLAGS, SUITES
 from tqdm import tqdm
 
@@ -147,7 +147,8 @@ def source_sha256(impl: str, algo: str) -> str:
     """Of the syntax tree, without docstrings, of algos/{algo}.py or of the functions of sb3.py that run `algo`."""
     if impl == "ours":
         return tree_sha256((ROOT / "algos" / f"{algo}.py").read_text())
-    return tree_sha256((ROOT / "benchmarks" / "sb3.py").read_text(), (MODELS[algo].__name__, "make_env", "train"))
+    functions = (MODELS[algo].__name__, maker_of(algo).__name__, "train")
+    return tree_sha256((ROOT / "benchmarks" / "sb3.py").read_text(), functions)
 
 
 @functools.cache

@@ -3,29 +3,42 @@
     python benchmarks/sb3.py ppo --env-id Hopper-v5 --seed 3
 
 takes the flags of algos/ppo.py, the environment's recommended settings included, and translates every one of
-them; so with a2c, dqn, ddpg, td3 and sac, and with trpo for sb3-contrib's. It leaves a run directory of the same
-form (args.json, monitor.csv, model.zip) and prints the same lines. What SB3 does not have is refused, but for Double
-DQN, the default of algos/dqn.py: SB3's DQN is the plain one whether --double is set or not.
+them; so with a2c, dqn, ddpg, td3, sac, ppo_atari and dqn_atari, and with trpo for sb3-contrib's. It leaves a run
+directory of the same form (args.json, monitor.csv, model.zip) and prints the same lines. What SB3 does not have is
+refused, but for Double DQN, the default of algos/dqn.py: SB3's DQN is the plain one whether --double is set or not.
+
+On Atari SB3 has its own environments, Python wrappers with OpenCV, set to the script's --protocol.
 """
 
 import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import ale_py
 import gymnasium as gym
 import numpy as np
 import stable_baselines3
 import torch
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
+from stable_baselines3.common.atari_wrappers import (
+    ClipRewardEnv,
+    EpisodicLifeEnv,
+    FireResetEnv,
+    MaxAndSkipEnv,
+    NoopResetEnv,
+    WarpFrame,
+)
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor, ResultsWriter
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecMonitor, VecNormalize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algos"))
@@ -201,6 +214,65 @@ def sac_model(args, env: VecEnv) -> SAC:
     )
 
 
+def ppo_atari_model(args, env: VecEnv) -> PPO:
+    """SB3's PPO from pixels with every hyperparameter of algos/ppo_atari.py's Args."""
+    rollout = args.num_envs * args.num_steps
+
+    def schedule(value: float, anneal: bool):
+        return lambda remaining: value * (remaining + rollout / args.total_timesteps if anneal else 1.0)  # as above
+
+    return PPO(
+        "CnnPolicy",
+        env,
+        learning_rate=schedule(args.learning_rate, args.anneal_lr),
+        n_steps=args.num_steps,
+        batch_size=rollout // args.num_minibatches,
+        n_epochs=args.update_epochs,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+        clip_range=schedule(args.clip_coef, args.anneal_clip),
+        clip_range_vf=args.clip_value,
+        normalize_advantage=args.normalize_advantages,
+        ent_coef=args.ent_coef,
+        vf_coef=args.vf_coef,
+        max_grad_norm=args.max_grad_norm,
+        target_kl=args.target_kl,
+        policy_kwargs=dict(optimizer_kwargs=dict(eps=1e-5)),
+        seed=args.seed,
+        device=args.device,
+    )
+
+
+def dqn_atari_model(args, env: VecEnv) -> DQN:
+    """SB3's DQN from pixels with every hyperparameter of algos/dqn_atari.py's Args but --double.
+
+    Its replay buffer stores each image eight times: 56 GB for a million transitions.
+    """
+    refuse_unless(args, loss="huber")
+    rollout = args.train_frequency * args.num_envs / args.total_timesteps
+    return DQN(
+        "CnnPolicy",
+        env,
+        learning_rate=lambda remaining: args.learning_rate * (remaining + rollout if args.anneal_lr else 1.0),
+        buffer_size=args.buffer_size,
+        learning_starts=args.learning_starts,
+        batch_size=args.batch_size,
+        tau=args.tau,
+        gamma=args.gamma,
+        train_freq=args.train_frequency,
+        gradient_steps=args.gradient_steps,
+        n_steps=args.n_step,
+        target_update_interval=args.target_frequency,
+        exploration_fraction=args.exploration_fraction,
+        exploration_initial_eps=args.exploration_start,
+        exploration_final_eps=args.exploration_end,
+        max_grad_norm=args.max_grad_norm,
+        policy_kwargs=dict(net_arch=[]),
+        seed=args.seed,
+        device=args.device,
+    )
+
+
 MODELS = {
     "ppo": ppo_model,
     "a2c": a2c_model,
@@ -209,6 +281,8 @@ MODELS = {
     "ddpg": ddpg_model,
     "td3": td3_model,
     "sac": sac_model,
+    "ppo_atari": ppo_atari_model,
+    "dqn_atari": dqn_atari_model,
 }
 
 
@@ -252,6 +326,38 @@ def make_env(args, num_envs: int, monitor: Path | None = None, statistics: VecNo
     return env
 
 
+def make_pixel_env(args, num_envs: int, monitor: Path | None = None, statistics: VecEnv | None = None) -> VecEnv:
+    """SB3's vector environments for images, set to args.protocol; the episodes monitored are whole games, unclipped.
+
+    `statistics`, the environments trained on, are given in an evaluation, and not needed.
+    """
+    gym.register_envs(ale_py)
+    atari, nature = args.env_id.startswith("ALE/"), args.protocol == "nature"
+    if monitor:
+        ResultsWriter(str(monitor), header={"t_start": time.time(), "env_id": args.env_id}).close()
+
+    def make() -> gym.Env:
+        if atari:
+            env = gym.make(args.env_id, frameskip=1, repeat_action_probability=0.0 if nature else 0.25)
+            env = MaxAndSkipEnv(NoopResetEnv(env, 30) if nature else env, 4)
+        else:
+            env = gym.make(args.env_id)
+        env = Monitor(env, str(monitor) if monitor else None, override_existing=False)
+        if atari and nature:
+            env = EpisodicLifeEnv(env)
+            env = FireResetEnv(env) if "FIRE" in env.unwrapped.get_action_meanings() else env
+        env = WarpFrame(env) if atari else env
+        return ClipRewardEnv(env) if args.clip_rewards else env
+
+    env = DummyVecEnv([make] * num_envs)
+    return VecFrameStack(env, 4) if atari else env
+
+
+def maker_of(algo: str) -> Callable[..., VecEnv]:
+    """What makes the environments that `algo` is trained and evaluated on."""
+    return make_pixel_env if algo.endswith("_atari") else make_env
+
+
 def train(algo: str, args) -> dict:
     """Trains SB3's `algo`, evaluates it as algos/ does; returns {"run_dir", "returns"}."""
     torch.set_num_threads(args.torch_threads)
@@ -279,4 +385,5 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in MODELS:
         sys.exit(f"usage: python benchmarks/sb3.py {{{','.join(MODELS)}}} [the flags of algos/ALGO.py]")
     algo = sys.argv[1]
+    make_env = maker_of(algo)  # train()'s
     train(algo, parse_args(algo, sys.argv[2:]))

@@ -35,6 +35,8 @@ FLAGS = {
 } | {
     # the settings for long runs act at random for 10k steps
     ("sac", "HalfCheetah-v5", 15_000): "--learning-starts 1000",
+    # run.py's workers have a thread each
+    ("ppo_atari", "ALE/Pong-v5", 1_000_000): "--torch-threads 1",
 }
 """What (script, environment, steps) are run with beside the seed."""
 
@@ -55,6 +57,7 @@ SUITES: dict[str, list[Entry]] = {
         Entry(["td3", "sac"], ["HalfCheetah-v5", "Hopper-v5"], range(1, 4), 100_000),
     ],
     "model-based": [Entry(["mbpo", "sac"], ["HalfCheetah-v5"], range(1, 3), 15_000)],
+    "atari": [Entry(["ppo_atari"], ["ALE/Pong-v5"], range(1, 2), 1_000_000, implementations=("ours",))],
     "imitation": [Entry(["bc", "dagger"], list(EXPERTS), range(1, 6), labels) for labels in LABELS],
     "efficiency": [Entry(["a2c", "kfac"], ["HalfCheetah-v5"], range(1, 4), 500_000)],
 }

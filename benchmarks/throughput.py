@@ -31,7 +31,7 @@ import pandas as pd
 import torch
 import tyro
 from run import RESULTS, ROOT, last_line, source_sha256
-from sb3 import MODELS, make_env, parse_args
+from sb3 import MODELS, maker_of, parse_args
 from stable_baselines3.common.callbacks import BaseCallback
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
@@ -97,6 +97,12 @@ WORKS = {
         )
         for algo in ("ddpg", "td3", "sac")
     },
+    "ppo_atari Pong": Work(
+        algo="ppo_atari",
+        flags="--env-id ALE/Pong-v5 --torch-threads 2",  # 8 environments, 128 steps, 4 epochs of 4 minibatches
+        warmup_steps=1024,
+        steps=3 * 1024,
+    ),
     "mbpo HalfCheetah": Work(
         algo="mbpo",
         flags="--env-id HalfCheetah-v5 --hidden-sizes 256 256 --batch-size 256 --gradient-steps 10"
@@ -171,7 +177,7 @@ def boundaries_sb3(algo: str, args) -> list[tuple[int, float]]:
             return True
 
     torch.set_num_threads(args.torch_threads)
-    env = make_env(args, args.num_envs, Path(args.output_dir) / "monitor.csv")
+    env = maker_of(algo)(args, args.num_envs, Path(args.output_dir) / "monitor.csv")
     MODELS[algo](args, env).learn(args.total_timesteps, callback=Clock())
     return boundaries
 
@@ -196,7 +202,10 @@ def flops_per_step(algo: str, args) -> float:
 
 def environment_steps_per_second(algo: str, args) -> float:
     """Of the environments alone, with random actions, over 2 seconds."""
-    envs = importlib.import_module(algo).make_envs(args, args.num_envs)
+    script = importlib.import_module(algo)
+    envs = getattr(script, "make_pixel_envs" if hasattr(script, "make_pixel_envs") else "make_envs")(
+        args, args.num_envs
+    )
     envs.action_space.seed(0)
     envs.reset(seed=0)
     actions = [envs.action_space.sample() for _ in range(100)]

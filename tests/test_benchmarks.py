@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import runpy
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, fields, replace
@@ -14,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd
 import ppo
+import ppo_atari
 import pytest
 import report
 import run
@@ -112,6 +114,11 @@ UNUSUAL = {
     "sac": OFF_POLICY
     | dict(num_critics=3, critic_subset=3, policy_delay=1, alpha=0.37, autotune=False, target_entropy=-0.6),
 }
+PIXELS = dict(env_id="ALE/Klax-v5", protocol="nature", clip_rewards=False)
+VECTORS_ALONE = ("env_id", "hidden_sizes", "log_std_init", "normalize_observations", "normalize_rewards", "exploration")
+for algo in ("ppo", "dqn"):
+    vectors = {name: value for name, value in UNUSUAL[algo].items() if name not in VECTORS_ALONE}
+    UNUSUAL[f"{algo}_atari"] = vectors | PIXELS
 """A value unlike the default for every hyperparameter."""
 SAME_FOR_SB3 = {
     "torch_threads",
@@ -130,7 +137,7 @@ def sb3_model(algo, **changes):
     args = importlib.import_module(algo).Args(**UNUSUAL[algo] | changes)
     for name in ("normalize_observations", "normalize_rewards"):
         setattr(args, name, getattr(args, name, False))
-    return sb3.MODELS[algo](args, sb3.make_env(args, args.num_envs))
+    return sb3.MODELS[algo](args, sb3.maker_of(algo)(args, args.num_envs))
 
 
 @pytest.mark.parametrize("algo", sb3.MODELS)
@@ -153,18 +160,21 @@ def test_what_all_have_in_common_is_translated_to_sb3(algo):
     assert model.policy.log_std.item() == pytest.approx(-0.7) and model.policy.optimizer.defaults["eps"] == 1e-5
 
 
-@pytest.mark.parametrize("algo", ["ppo", "a2c"])
+@pytest.mark.parametrize("algo", ["ppo", "ppo_atari", "a2c"])
 def test_schedules_are_translated_to_sb3(algo):
     """SB3 asks for its schedules after a rollout: 100 of 2000 steps are gone when ours stands at the beginning."""
     model = sb3_model(algo)
-    schedules = {model.lr_schedule: 0.0123} | ({model.clip_range: 0.13} if algo == "ppo" else {})
+    schedules = {model.lr_schedule: 0.0123} | ({model.clip_range: 0.13} if algo != "a2c" else {})
     for schedule, start in schedules.items():
         assert schedule(0.95) == pytest.approx(start) and schedule(0.45) == pytest.approx(start / 2)
     assert sb3_model(algo, anneal_lr=False).lr_schedule(0.45) == pytest.approx(0.0123)
 
 
-def test_ppos_hyperparameters_are_translated_to_sb3():
-    model = sb3_model("ppo")
+@pytest.mark.parametrize("algo", ["ppo", "ppo_atari"])
+def test_ppos_hyperparameters_are_translated_to_sb3(algo):
+    model = sb3_model(algo)
+    assert (model.seed, model.n_envs, model.n_steps, model.gamma, model.gae_lambda) == (7, 5, 20, 0.91, 0.82)
+    assert model.policy.optimizer.defaults["eps"] == 1e-5
     assert (model.batch_size, model.n_epochs, model.ent_coef, model.vf_coef) == (20, 3, 0.019, 0.61)
     assert (model.max_grad_norm, model.target_kl, model.normalize_advantage) == (0.77, 0.031, False)
     assert model.clip_range_vf(1.0) == 0.17
@@ -191,26 +201,27 @@ def test_trpos_hyperparameters_are_translated_to_sb3():
     assert (model.batch_size, model.n_critic_updates, model.lr_schedule(0.5)) == (20, 3, 0.0123)
 
 
-@pytest.mark.parametrize("algo", ["dqn", "ddpg", "td3", "sac"])
+@pytest.mark.parametrize("algo", ["dqn", "dqn_atari", "ddpg", "td3", "sac"])
 def test_what_off_policy_algorithms_have_in_common_is_translated_to_sb3(algo):
     model = sb3_model(algo)
     assert (model.seed, model.n_envs, model.learning_starts, model.batch_size, model.gamma) == (7, 5, 77, 41, 0.91)
     assert (model.buffer_size, model.replay_buffer.buffer_size) == (1235, 247)
     assert (model.train_freq.frequency, model.train_freq.unit.value, model.gradient_steps) == (3, "step", 6)
-    assert (model.lr_schedule(1 - 15 / 2000 if algo == "dqn" else 0.5), model.tau) == (pytest.approx(0.0123), 0.23)
+    assert (model.lr_schedule(1 - 15 / 2000 if "dqn" in algo else 0.5), model.tau) == (pytest.approx(0.0123), 0.23)
     observations = model.observation_space.shape[0]
-    layers = [x for x in model.policy.modules() if isinstance(x, torch.nn.Linear)]
-    assert [tuple(x.weight.shape) for x in layers[:2]] == [(24, observations), (12, 24)]
+    layers = [tuple(x.weight.shape) for x in model.policy.modules() if isinstance(x, torch.nn.Linear)]
+    assert layers[:2] == ([(512, 3136), (18, 512)] if algo == "dqn_atari" else [(24, observations), (12, 24)])
     assert model.policy.optimizer_class is torch.optim.Adam and not model.policy.optimizer_kwargs
 
 
-def test_dqns_hyperparameters_are_translated_to_sb3():
-    model = sb3_model("dqn")
+@pytest.mark.parametrize("algo", ["dqn", "dqn_atari"])
+def test_dqns_hyperparameters_are_translated_to_sb3(algo):
+    model = sb3_model(algo)
     assert (model.n_steps, model.max_grad_norm, model.target_update_interval) == (4, 0.77, 35)
     assert model.replay_buffer.n_steps == 4
     iteration = 3 * 5 / 2000  # SB3 asks for its schedule after the rollout, ours stands at the iteration's beginning
     assert [model.lr_schedule(x - iteration) for x in (1.0, 0.5)] == pytest.approx([0.0123, 0.0123 / 2])
-    assert sb3_model("dqn", anneal_lr=False).lr_schedule(0.5) == pytest.approx(0.0123)
+    assert sb3_model(algo, anneal_lr=False).lr_schedule(0.5) == pytest.approx(0.0123)
     assert (model.exploration_initial_eps, model.exploration_final_eps, model.exploration_fraction) == (0.9, 0.21, 0.43)
 
 
@@ -243,6 +254,7 @@ def test_sacs_hyperparameters_are_translated_to_sb3():
     [
         ("dqn", dict(exploration="boltzmann"), "--exploration boltzmann"),
         ("dqn", dict(loss="squared"), "--loss squared"),
+        ("dqn_atari", dict(loss="squared"), "--loss squared"),
         ("sac", dict(critic_subset=2), "--critic-subset 2"),
         ("sac", dict(policy_delay=20), "--policy-delay 20"),
     ],
@@ -261,6 +273,51 @@ def test_sb3s_side_of_an_off_policy_run():
     assert 200 < sum(float(row.split(",")[1]) for row in rows) <= 300
     assert not sb3.parse_args("sac", []).normalize_observations and not sb3.parse_args("sac", []).normalize_rewards
     assert sb3.parse_args("ppo", ["--normalize-observations"]).normalize_observations
+
+
+@pytest.mark.parametrize("game", ["Pong", "Breakout"])
+def test_sb3_sees_the_same_images_and_rewards(game):
+    """From the first image on, bit for bit; without actions, so that sticky ones make no difference."""
+    args = ppo_atari.parse_args(["--env-id", f"ALE/{game}-v5", "--no-clip-rewards"])
+    theirs, ours = sb3.make_pixel_env(args, 2), ppo_atari.make_pixel_envs(args, 2)
+    images, (expected, _) = theirs.reset(), ours.reset(seed=0)
+    rewards, still = [], np.zeros(2, dtype=int)
+    for _ in range(150):
+        np.testing.assert_array_equal(np.moveaxis(images, -1, 1), expected)
+        images, reward, *_ = theirs.step(still)
+        expected, expected_reward, *_ = ours.step(still)
+        np.testing.assert_array_equal(reward, expected_reward)
+        rewards.append(reward)
+    assert np.sum(rewards) == (-6 if game == "Pong" else 0)
+
+
+@pytest.mark.parametrize("protocol", ["machado", "nature"])
+def test_sb3s_games_are_whole_and_their_scores_unclipped(protocol, tmp_path):
+    """Breakout has five lives, its upper bricks count more than one point: three games of random actions."""
+    args = ppo_atari.parse_args(["--env-id", "ALE/Breakout-v5", "--protocol", protocol])
+    env, rng = sb3.make_pixel_env(args, 2, tmp_path / "monitor.csv"), np.random.default_rng(0)
+    sticky = env.unwrapped.envs[0].unwrapped.ale.getFloat("repeat_action_probability")
+    assert sticky == (0.25 if protocol == "machado" else 0)
+    env.seed(0)
+    env.reset()
+    ends, clipped = 0, []
+    while (tmp_path / "monitor.csv").read_text().count("\n") < 5:
+        _, rewards, dones, _ = env.step(rng.integers(4, size=2))
+        clipped.append(rewards)
+        ends += dones.sum()
+    games = pd.read_csv(tmp_path / "monitor.csv", comment="#")
+    assert list(games.columns) == ["r", "l", "t"] and len(games) == 3 and games["l"].min() > 100
+    assert np.unique(clipped).tolist() == [0, 1] and games["r"].sum() > 0
+    assert ends == 3 if protocol == "machado" else ends > 3 * 4
+
+
+def test_sb3s_command_trains_on_images(monkeypatch, tmp_path, capsys):
+    flags = "--env-id Catch-v0 --num-envs 2 --num-steps 8 --num-minibatches 1 --total-timesteps 40 --eval-episodes 3"
+    monkeypatch.setattr("sys.argv", ["sb3.py", "ppo_atari", *flags.split()])
+    runpy.run_path(str(ROOT / "benchmarks" / "sb3.py"), run_name="__main__")
+    assert "over 3 episodes" in capsys.readouterr().out
+    header, _, *rows = next(tmp_path.glob("runs/*/monitor.csv")).read_text().splitlines()
+    assert "Catch-v0" in header and len(rows) == 8, "make_pixel_env's header; 48 steps of balls that take 6"
 
 
 def test_both_networks_start_from_the_same_distribution():
