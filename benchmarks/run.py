@@ -5,6 +5,7 @@
     python benchmarks/run.py mujoco --only Hopper --dry-run     # what it would do
     python benchmarks/run.py classic --rerun-changed            # measures anew what older code has measured
     python benchmarks/run.py classic --confirm-changed          # or one seed of it, to see that nothing else changed
+    python benchmarks/run.py atari --launcher ray               # on all nodes of a Ray cluster (RAY_ADDRESS)
 
 Each cell (implementation, algorithm, environment, seed, steps) is one process with the command that a user would
 type. Its run directory and output are in a folder of its own in --work; a cell that has finished there is recorded
@@ -13,7 +14,6 @@ and of its code without comments and docstrings, which says whether the row stil
 """
 
 import ast
-import ctypes
 import functools
 import glob
 import hashlib
@@ -23,16 +23,18 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pandas as pd
 import stable_baselines3
 import tyro
+from launchers import Local, LocalJob, Ray, RayJob
 from sb3 import MODELS, maker_of
 from suites import FLAGS, SUITES
 from tqdm import tqdm
@@ -53,15 +55,19 @@ class Args:
     """suite of benchmarks/suites.py"""
     workers: int = 1
     """runs at a time; each uses one thread"""
+    launcher: Literal["local", "ray"] = "local"
+    """local: --workers processes here; ray: a task for every cell, on as many CPUs as the Ray cluster has"""
+    address: str | None = None
+    """of the Ray cluster; None: what RAY_ADDRESS says, or else a Ray on this machine alone"""
     only: str = ""
-    """only cells with this in their name, IMPL__ALGO__ENV__SEED: ppo, Hopper, sb3__ppo, …"""
+    """only cells in whose name, IMPL__ALGO__ENV__SEED, this regular expression is found: ppo, sb3__a2c, Hopper.*1$"""
     rerun_changed: bool = False
     """measure anew the recorded cells whose code has changed since"""
     confirm_changed: bool = False
     """of those, measure one seed anew per algorithm and environment: if every episode is as recorded, the rows of the
     other seeds count as measured with today's code, too"""
     dry_run: bool = False
-    """list the cells, start nothing"""
+    """list the cells and the time that they take, start nothing"""
     work: Path = ROOT / "runs" / "benchmarks"
     """folder of the cells' run directories and output"""
     results: Path = RESULTS
@@ -284,33 +290,15 @@ def plan(cell: Cell, folder: Path, runs: pd.DataFrame, rerun_changed: bool) -> t
     return ("resume", run_dir) if unchanged else ("run", None)  # half of a run with one code, half with another: no
 
 
-def die_with_parent() -> None:
-    """In the child: Linux kills it when this process ends, however that ends."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def launch(cell: Cell, folder: Path, run_dir: Path | None) -> subprocess.Popen:
+def launch(cell: Cell, folder: Path, run_dir: Path | None, launcher: Local | Ray) -> LocalJob | RayJob:
     """Starts the cell's process, afresh or going on in `run_dir`."""
-    if run_dir is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        meta = {"source_sha256": source_sha256(cell.impl, cell.algo), "script_sha256": script_sha256(cell)}
-        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        command = [*cell.command[1:], "--output-dir", str(folder)]
-    else:
-        command = [cell.script, "--resume", str(run_dir)]
-    with open(folder / "stdout.txt", "w") as stdout, open(folder / "stderr.txt", "w") as stderr:
-        return subprocess.Popen(
-            [sys.executable, *command],
-            stdout=stdout,
-            stderr=stderr,
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the others in order
-            preexec_fn=die_with_parent,
-        )
+    if run_dir is not None:
+        return launcher.start([cell.script, "--resume", str(run_dir)], folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    meta = {"source_sha256": source_sha256(cell.impl, cell.algo), "script_sha256": script_sha256(cell)}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    return launcher.start(cell.command[1:], folder)
 
 
 def last_line(text: str) -> str:
@@ -326,8 +314,9 @@ def problem(folder: Path, code: int) -> str:
 
 
 def run(todo: list[Cell], args: Args) -> int:
-    """Runs and records the cells, `args.workers` at a time. Returns how many have failed."""
+    """Runs and records the cells, as many at a time as the launcher takes. Returns how many have failed."""
     failed, running, queue = 0, {}, list(todo)
+    launcher = Ray(ROOT, args.address) if args.launcher == "ray" else Local(ROOT, args.workers)
     runs = read_runs(args.results)
     bar = tqdm(total=len(todo), unit="run", smoothing=0, desc=args.suite)
 
@@ -341,32 +330,33 @@ def run(todo: list[Cell], args: Args) -> int:
 
     try:
         while queue or running:
-            while queue and len(running) < args.workers:
+            while queue and len(running) < launcher.workers:
                 cell = queue.pop(0)
                 folder = args.work / cell.name
                 what, run_dir = plan(cell, folder, runs, args.rerun_changed)
                 if what in ("run", "resume"):
-                    running[launch(cell, folder, run_dir)] = cell
+                    running[launch(cell, folder, run_dir if launcher.resumes else None, launcher)] = cell
                 elif what == "in use":
                     done(f"{cell.name}: another process is at it, writing {folder}; start again when it has ended")
                 else:
                     if what == "record":
                         record(cell, folder, args.results)
                     done()
-            for process in [process for process in running if process.poll() is not None]:
-                cell = running.pop(process)
+            for job in [job for job in running if job.poll() is not None]:
+                cell = running.pop(job)
                 folder = args.work / cell.name
                 if evaluation(folder):
                     record(cell, folder, args.results)
                     done()
                 else:
-                    done(problem(folder, process.returncode))
+                    done(problem(folder, job.poll()))
             time.sleep(0.2)
     finally:
-        for process in running:
-            process.terminate()  # the scripts of algos/ write a checkpoint first
-        for process in running:
-            process.wait()
+        for job in running:
+            job.stop()
+        while any(job.poll() is None for job in running):
+            time.sleep(0.1)
+        launcher.close()
         bar.close()
     return failed
 
@@ -376,6 +366,16 @@ def group(cell: Cell) -> Cell:
     return replace(cell, seed=0)
 
 
+def changed_cells(todo: list[Cell], runs: pd.DataFrame) -> list[Cell]:
+    """Those that other code than today's has measured."""
+    return [c for c in todo if astuple(c) in runs.index and runs.code_sha256[astuple(c)] != present_code(c)]
+
+
+def first_of_each_group(cells: list[Cell]) -> dict[Cell, Cell]:
+    """By group, the first of the cells in it."""
+    return {group(cell): cell for cell in reversed(cells)}
+
+
 def confirm(todo: list[Cell], args: Args) -> int:
     """Measures one cell of each group of changed ones in a folder apart. Returns how many failed or differ.
 
@@ -383,8 +383,8 @@ def confirm(todo: list[Cell], args: Args) -> int:
     and the rows of the group that the same code had measured get today's code_sha256.
     """
     runs = read_runs(args.results)
-    changed = [c for c in todo if astuple(c) in runs.index and runs.code_sha256[astuple(c)] != present_code(c)]
-    firsts = {group(cell): cell for cell in reversed(changed)}
+    changed = changed_cells(todo, runs)
+    firsts = first_of_each_group(changed)
     apart = args.work / "confirm"
     failed = run(list(firsts.values()), replace(args, work=apart, results=apart / "results", rerun_changed=True))
     again, names = read_runs(apart / "results"), ["eval_mean", "eval_std", "eval_episodes"]
@@ -409,6 +409,33 @@ def confirm(todo: list[Cell], args: Args) -> int:
     return failed
 
 
+def expected_seconds(cell: Cell, runs: pd.DataFrame) -> float:
+    """Of one run: the median of the recorded ones, if need be of other lengths; not a number where there is none."""
+    runs = runs.reset_index()
+    runs = runs[(runs["impl"] == cell.impl) & (runs["algo"] == cell.algo) & (runs["env_id"] == cell.env_id)]
+    same = runs[runs["total_timesteps"] == cell.total_timesteps]
+    runs = runs if same["seconds"].isna().all() else same
+    return (runs["seconds"] / runs["total_timesteps"]).median() * cell.total_timesteps
+
+
+def print_plan(todo: list[Cell], args: Args) -> None:
+    """What a run of run.py would do with each cell, and how long that takes."""
+    runs = read_runs(args.results)
+    again = args.rerun_changed or args.confirm_changed
+    if args.confirm_changed:
+        todo = list(first_of_each_group(changed_cells(todo, runs)).values())
+    minutes = []
+    for cell in todo:
+        what, _ = plan(cell, args.work / cell.name, runs, again)
+        if what in ("run", "resume"):
+            minutes.append(expected_seconds(cell, runs) / 60)
+        time_needed = f"{minutes[-1]:4.0f} min" if what in ("run", "resume") and minutes[-1] >= 0 else ""
+        print(f"{what:6}  {time_needed:8}  {' '.join(cell.command)}")
+    hours = np.nansum(minutes) / 60
+    unknown = f"; {np.isnan(minutes).sum()} have no recorded time to go by" if np.isnan(minutes).any() else ""
+    print(f"{len(minutes)} runs of {hours:.1f} hours in all, as those recorded{unknown}", file=sys.stderr)
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     args.work, args.results = args.work.resolve(), args.results.resolve()
@@ -416,13 +443,14 @@ def main() -> None:
         sys.exit(f"{args.suite}: no such suite; benchmarks/suites.py has {', '.join(SUITES)}")
     if args.workers < 1:
         sys.exit(f"--workers {args.workers}: must be at least 1")
-    todo = [cell for cell in cells_of(args.suite) if args.only in cell.name]
+    try:
+        todo = [cell for cell in cells_of(args.suite) if re.search(args.only, cell.name)]
+    except re.error as error:
+        sys.exit(f"--only {args.only}: not a regular expression ({error})")
     if not todo:
         sys.exit(f"--only {args.only}: in no cell's name; one is {cells_of(args.suite)[0].name}")
     if args.dry_run:
-        runs = read_runs(args.results)
-        for cell in todo:
-            print(f"{plan(cell, args.work / cell.name, runs, args.rerun_changed)[0]:6}  {' '.join(cell.command)}")
+        print_plan(todo, args)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
