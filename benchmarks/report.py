@@ -9,13 +9,32 @@ import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pandas as pd
-import scipy.stats
 import tyro
+from aggregate import measured as measured_on_both_sides
+from aggregate import paired, plot_aggregate, stratified
 from compounding_error import ERROR, HORIZONS
 from compounding_error import LABELS as LEDGE_LABELS
+from estimates import (
+    BINS,
+    STYLES,
+    curves_of,
+    digits_of,
+    estimate,
+    interval,
+    iqm,
+    iqm_difference,
+    iqm_ratio,
+    markdown,
+    number,
+    probability_of_improvement,
+    returns_of,
+    runs_of,
+    save,
+    tidy,
+)
+from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter
 from run import KEY, RESULTS, Cell, cells_of, present_code, read_runs, sb3_version, source_sha256
 from sb3 import MODELS
@@ -23,20 +42,7 @@ from steps_to_solve import ENV_ID, EPISODES, EVERY, SIDES, SOLVED
 from suites import EXPERTS, SUITES
 from throughput import MODEL_BASED_SETTINGS, WORKS, code_of, summary
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of a backend that needs no screen)
-
-BINS = 50
-"""of a learning curve, over the run's steps"""
 LABELS = {"ours": "ours", "sb3": "Stable-Baselines3"}
-STYLES = {
-    "ours": dict(color="#0072B2", linestyle="-"),
-    "Stable-Baselines3": dict(color="#D55E00", linestyle="--"),
-    "SB3's A2C": dict(color="#009E73", linestyle=":"),
-    "SB3's PPO": dict(color="#CC79A7", linestyle="-."),
-    "SB3's SAC": dict(color="#E69F00", linestyle=":"),
-}
-"""colours of Okabe and Ito (2008), apart for colour-blind readers, and in print by the dashes"""
 IMITATORS = {
     "bc": dict(label="behavioural cloning", color="#D55E00", linestyle="--"),
     "dagger": dict(label="DAgger", color="#0072B2", linestyle="-"),
@@ -48,6 +54,8 @@ SOLVERS = {
     ("ours", "sac"): dict(label="SAC", color="#009E73", linestyle="-."),
     ("sb3", "sac"): dict(label="SB3's SAC", color="#D55E00", linestyle="--"),
 }
+HEADLINE_SUITES = ("classic", "mujoco")
+"""in README.md; the plot is the first one's"""
 EFFICIENCY = [("kfac", "CartPole-v1", 100_000), ("kfac", "Acrobot-v1", 100_000), ("kfac", "HalfCheetah-v5", 500_000)]
 """(algorithm, environment, steps) whose sample efficiency is compared with A2C's"""
 
@@ -159,6 +167,30 @@ takes ({share} of the whole here, between the second and the third training of t
 {table}
 """
 
+AGGREGATE = """
+### {suite}, all in all
+
+{table}
+
+![Profile, returns over steps and over time]({plot})
+
+The {pairs} pairs of algorithm and environment, and their seeds, that both sides have measured. Returns are normalised
+per environment, 0 a random policy's and 1 the Zoo's best among these algorithms, so that they can be pooled. IQM over
+all runs [95 % interval, seeds resampled within each pair], as the bands. Left: the share of runs whose evaluation is
+above τ. Middle and right: training return; time in units of SB3's median for the pair, from runs that shared their
+machine with other work, so for orientation: the table on throughput compares speed.
+"""
+
+HEADLINE = """\
+<!-- headline: written by benchmarks/report.py -->
+{table}
+
+IQM of the evaluation return, ours / SB3's, same hyperparameters and number of steps; speed: training steps per second
+over SB3's in the same run on a CPU. Seeds, intervals, learning curves and commands: [benchmarks](benchmarks/README.md).
+
+![{suite}: profile, returns over steps and over time](benchmarks/plots/{suite}_all.png)
+<!-- end of headline -->"""
+
 EFFICIENT = """
 ## Sample efficiency
 
@@ -253,65 +285,7 @@ class Args:
     """folder of runs.csv, episodes/ and throughput.csv; README.md and plots/ go beside it"""
 
 
-# Statistics -------------------------------------------------------------------------------------------------
-
-
-def iqm(x: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Interquartile mean along `axis` (Agarwal et al. 2021, arXiv 2108.13264)."""
-    return scipy.stats.trim_mean(x, 0.25, axis=axis)
-
-
-def iqm_difference(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
-    """IQM of x − IQM of y along `axis`."""
-    return iqm(x, axis) - iqm(y, axis)
-
-
-def probability_of_improvement(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
-    """P(x > y) over all pairs along the last axis, ties half."""
-    x, y = x[..., :, None], y[..., None, :]
-    return ((x > y) + 0.5 * (x == y)).mean((-2, -1))
-
-
-def interval(statistic, *samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bootstrap interval of statistic(*samples), each resampled by itself along its last axis.
-
-    NaN where a sample has fewer than two values.
-    """
-    if min(sample.shape[-1] for sample in samples) < 2:
-        return (np.full(np.shape(statistic(*samples)), np.nan),) * 2
-    rng = np.random.default_rng(0)
-    options = dict(n_resamples=10_000, batch=1000, method="percentile", axis=-1, vectorized=True, rng=rng)
-    return tuple(scipy.stats.bootstrap(samples, statistic, **options).confidence_interval)
-
-
 # Tables -----------------------------------------------------------------------------------------------------
-
-
-def markdown(rows: list[dict]) -> str:
-    """A table with the dicts' keys as its header."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    return "\n".join("| " + " | ".join(str(x) for x in line) + " |" for line in lines)
-
-
-def digits_of(*values: float) -> int:
-    """Digits after the point that show the largest of the values to four places or so."""
-    largest = max(abs(x) for x in values)
-    return 0 if largest >= 1000 else 1 if largest >= 10 else 2 if largest >= 0.1 or largest == 0 else 4
-
-
-def number(x: float, digits: int) -> str:
-    """With `digits` after the point and a proper minus sign, which 0 never has."""
-    text = f"{x:.{digits}f}"
-    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
-
-
-def estimate(statistic, *samples: np.ndarray) -> str:
-    """statistic(*samples) [its interval]; no interval from a single value, — where a sample is empty."""
-    if not all(len(sample) for sample in samples):
-        return "—"
-    values = [statistic(*samples), *interval(statistic, *samples)]
-    value, low, high = (number(x, digits_of(*np.nan_to_num(values))) for x in values)
-    return value if low == "nan" else f"{value} [{low}, {high}]"
 
 
 def verdict(x: np.ndarray, y: np.ndarray) -> str:
@@ -334,18 +308,6 @@ def has_changed(row: pd.Series) -> bool:
     SB3's version is the row's own: what is installed where the page is generated does not matter.
     """
     return row["code_sha256"] != present_code(Cell(*row.name), sb3_version(row))
-
-
-def runs_of(runs: pd.DataFrame, impl: str, algo: str, env_id: str, steps: int) -> pd.DataFrame:
-    """The recorded rows of one curve: every seed."""
-    keys = runs.index.to_frame()
-    mine = (keys["impl"] == impl) & (keys["algo"] == algo) & (keys["env_id"] == env_id)
-    return runs.loc[mine & (keys["total_timesteps"] == steps)]
-
-
-def returns_of(runs: pd.DataFrame, impl: str, algo: str, env_id: str, steps: int) -> np.ndarray:
-    """Mean evaluation return of every recorded seed (seeds,)."""
-    return runs_of(runs, impl, algo, env_id, steps)["eval_mean"].to_numpy()
 
 
 def dagger(rows: pd.DataFrame) -> str:
@@ -440,30 +402,6 @@ def throughput_section(measurements: pd.DataFrame) -> str:
 # Learning curves --------------------------------------------------------------------------------------------
 
 
-def learning_curve(path: Path, steps: int) -> np.ndarray:
-    """Mean training return of the episodes that ended in each bin of steps (BINS,), the last value where none did.
-
-    NaN before the first episode's end. Steps are counted as the sum of the lengths of the episodes that have ended.
-    """
-    episodes = pd.read_csv(path)
-    bins = (episodes["l"].cumsum() * BINS // steps).clip(upper=BINS - 1)
-    return episodes["r"].groupby(bins).mean().reindex(range(BINS)).ffill().to_numpy()
-
-
-def curves_of(impl: str, algo: str, env_id: str, steps: int, runs: pd.DataFrame, results: Path) -> np.ndarray:
-    """Learning curves of the recorded seeds (BINS, seeds)."""
-    cells = [Cell(*key) for key in runs_of(runs, impl, algo, env_id, steps).index]
-    curves = [learning_curve(results / "episodes" / f"{cell.name}.csv.gz", steps) for cell in cells]
-    return np.stack(curves, axis=-1) if curves else np.empty((BINS, 0))
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    """Writes the figure, without the version of matplotlib in the file: same data, same bytes."""
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
-
-
 def plot_suite(groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: Path, path: Path) -> None:
     """One subplot per (algorithm, environment, steps) with the recorded learning curves."""
     columns = min(3, len(groups))
@@ -495,6 +433,55 @@ def plot_suite(groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: 
     labels = [label for label in STYLES if label in lines]
     figure.legend([lines[x] for x in labels], labels, loc="outside upper center", ncols=len(labels), frameon=False)
     save(figure, path)
+
+
+# Both sides all in all --------------------------------------------------------------------------------------
+
+
+def aggregate_section(suite: str, groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: Path) -> str:
+    """What both sides have measured of a suite, pooled; "" for fewer than two pairs; draws its plot."""
+    pairs = paired(groups, runs)
+    if len(pairs) < 2:
+        return ""
+    strata = measured_on_both_sides(groups, runs, results)
+    plot = results.parent / "plots" / f"{suite}_all.png"
+    plot_aggregate(strata, plot)
+    rows = []
+    for impl, label in LABELS.items():
+        middle, low, high = (number(x, 3) for x in stratified(iqm, strata[impl]["evaluation"]))
+        count = sum(len(x) for x in strata[impl]["evaluation"])
+        rows.append({"": label, "runs": count, "normalised return": f"{middle} [{low}, {high}]"})
+    return AGGREGATE.format(suite=suite, pairs=len(pairs), table=markdown(rows), plot=f"plots/{plot.name}")
+
+
+def headline(runs: pd.DataFrame, measurements: pd.DataFrame) -> str:
+    """README.md's table and figure."""
+    groups = [
+        (cell.algo, cell.env_id, cell.total_timesteps)
+        for suite in HEADLINE_SUITES
+        for cell in cells_of(suite)
+        if cell.algo in MODELS
+    ]
+    pairs = paired(list(dict.fromkeys(groups)), runs)
+    env_ids = list(dict.fromkeys(env_id for (_, env_id, _), _ in pairs))
+    ratios = summary(measurements)["median"].rename("ratio").reset_index()
+    rows = {}
+    for (algo, env_id, steps), _ in pairs:
+        row = rows.setdefault(algo, {"": f"[{algo}](algos/{algo}.py)"} | dict.fromkeys(env_ids, "–"))
+        x, y = (iqm(returns_of(runs, impl, algo, env_id, steps)) for impl in LABELS)
+        row[env_id] = " / ".join(number(value, min(1, digits_of(x, y))) for value in (x, y))
+        speed = ratios.loc[ratios["work"].str.startswith(f"{algo} ") & (ratios["setting"] != "floor"), "ratio"]
+        row["speed"] = f"{number(speed.max(), 1)} ×" if len(speed) else "–"
+    return HEADLINE.format(table=markdown(list(rows.values())), suite=HEADLINE_SUITES[0])
+
+
+def put_into(readme: Path, text: str) -> None:
+    """Replaces what stands between the marks of HEADLINE, where there are such."""
+    first, last = HEADLINE.splitlines()[0], HEADLINE.splitlines()[-1]
+    page = readme.read_text() if readme.exists() else ""
+    if first in page:
+        before, after = page.split(first)[0], page.split(last)[1]
+        readme.write_text(before + text + after)
 
 
 # Sample efficiency ------------------------------------------------------------------------------------------
@@ -533,11 +520,6 @@ def efficiency_rows(runs: pd.DataFrame, results: Path) -> list[dict]:
                 }
             )
     return rows
-
-
-def iqm_ratio(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
-    """IQM of x / IQM of y along `axis`."""
-    return iqm(x, axis) / iqm(y, axis)
 
 
 def solving(results: Path) -> str:
@@ -681,14 +663,6 @@ def compounding(results: Path) -> str:
     )
 
 
-def tidy(ax: plt.Axes, xlabel: str, ylabel: str) -> None:
-    """Labels, grid and legend."""
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
-
-
 # The page ---------------------------------------------------------------------------------------------------
 
 
@@ -720,6 +694,7 @@ def main() -> None:
             plot=f"plots/{plot.name}",
             runs=run_table(runs.loc[[astuple(cell) for cell in recorded]].sort_index(level=KEY)),
         )
+        page += aggregate_section(suite, list(groups), runs, args.results)
     if rows := efficiency_rows(runs, args.results):
         page += EFFICIENT.format(table=markdown(rows))
     page += solving(args.results)
@@ -727,6 +702,7 @@ def main() -> None:
     throughput = args.results / "throughput.csv"
     if throughput.exists():
         page += throughput_section(pd.read_csv(throughput))
+        put_into(args.results.parent.parent / "README.md", headline(runs, pd.read_csv(throughput)))
     commands = "\n".join(f"python benchmarks/run.py {suite} --workers 2" for suite in suites)
     page += REPRODUCE.format(commands=commands, example=Cell(*runs.index[0]).name)
     (args.results.parent / "README.md").write_text(page)

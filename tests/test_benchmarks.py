@@ -484,13 +484,18 @@ def test_an_algorithm_without_counterpart_stands_beside_sb3s_a2c_and_ppo(measure
     assert (row["difference"], row["verdict"]) == ("—", "—")
 
 
-def test_the_page_is_what_report_py_makes_of_the_measurements(tmp_path, monkeypatch):
-    """Red? Run `python benchmarks/report.py` and commit the page."""
-    shutil.copytree(RESULTS, tmp_path / "results")
-    monkeypatch.setattr("sys.argv", ["report.py", "--results", str(tmp_path / "results")])
+def test_the_pages_are_what_report_py_makes_of_the_measurements(tmp_path, monkeypatch):
+    """Red? Run `python benchmarks/report.py` and commit the pages."""
+    pages = ("README.md", "benchmarks/README.md")
+    shutil.copytree(RESULTS, tmp_path / "benchmarks" / "results")
+    text = (ROOT / pages[0]).read_text()
+    (tmp_path / pages[0]).write_text(text.replace("[ppo](algos/ppo.py) |", "[ppo](algos/ppo.py) | an older figure"))
+    assert text.count("[ppo](algos/ppo.py) |") == 1
+    monkeypatch.setattr("sys.argv", ["report.py", "--results", str(tmp_path / "benchmarks" / "results")])
     report.main()
-    assert (tmp_path / "README.md").read_text() == (ROOT / "benchmarks" / "README.md").read_text()
-    for plot in (tmp_path / "plots").iterdir():
+    for page in pages:
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text()
+    for plot in (tmp_path / "benchmarks" / "plots").iterdir():
         assert (ROOT / "benchmarks" / "plots" / plot.name).exists()
 
 

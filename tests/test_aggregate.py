@@ -1,0 +1,74 @@
+"""benchmarks/aggregate.py: what both sides have measured, pooled."""
+
+import aggregate
+import numpy as np
+import pandas as pd
+import pytest
+import run
+
+BINS = aggregate.BINS
+
+
+def test_returns_are_normalised_by_random_actions_and_the_reference():
+    random, best = aggregate.REFERENCES["Pendulum-v1"]
+    np.testing.assert_allclose(
+        aggregate.normalised(np.array([random, best, (random + best) / 2]), "Pendulum-v1"), [0, 1, 0.5]
+    )
+
+
+def test_a_profile_is_the_share_of_runs_above_every_threshold():
+    shares = aggregate.profile(np.array([0.1049, 0.5049, 0.5049, 2.0]))
+    at = dict(zip(aggregate.THRESHOLDS.round(2), shares))
+    assert (at[0.0], at[0.1], at[0.11], at[0.5], at[0.51], at[1.05]) == (1, 1, 0.75, 0.75, 0.25, 0.25)
+
+
+def test_seeds_are_resampled_within_each_pair_of_algorithm_and_environment():
+    """Two pairs whose seeds agree leave nothing to resample, however far apart they are."""
+    apart = [np.zeros(4), np.ones(12)]
+    np.testing.assert_allclose(aggregate.stratified(np.mean, apart), 0.75)
+    mean, low, high = aggregate.stratified(np.mean, [np.arange(10.0), np.full(10, 100.0)])
+    deviation = np.arange(10).std() / 10**0.5 / 2
+    assert mean == 52.25 and low == pytest.approx(mean - 1.96 * deviation, abs=0.15)
+    assert high == pytest.approx(mean + 1.96 * deviation, abs=0.15)
+
+
+def test_a_course_is_the_iqm_of_the_runs_in_each_bin():
+    scores = np.array([[0.0, 9], [1, 1], [3, 1], [99, 1]])
+    np.testing.assert_allclose(aggregate.course(scores), [2, 1])
+
+
+def test_a_run_is_read_at_the_time_that_it_has_reached():
+    """One is done after half of the duration, the other only halfway at its end."""
+    bins = np.arange(BINS)
+    fast = pd.DataFrame({"r": bins, "t": (bins + 1) * 50 / BINS})
+    slow = pd.DataFrame({"r": bins, "t": (bins + 1) * 200 / BINS})
+    one, other = aggregate.over_time([fast, slow], duration=100.0)
+    np.testing.assert_array_equal(one, (2 * bins + 1).clip(max=BINS - 1))
+    np.testing.assert_array_equal(other, ((bins + 1) // 2 - 1).clip(min=0))
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """Ours: seeds 1 to 3 with a return of 500 from the first step, SB3: 2 to 4 with 22.2, in twice the time."""
+    rows = []
+    (tmp_path / "episodes").mkdir()
+    for impl, seeds, value, seconds in (("ours", (1, 2, 3), 500.0, 10), ("sb3", (2, 3, 4), 22.2, 20)):
+        for seed in seeds:
+            cell = run.Cell(impl, "a2c", "CartPole-v1", seed, 100_000)
+            episodes = pd.DataFrame({"r": value + (seed in (1, 4)), "l": 100, "t": np.linspace(0, seconds, 1000)})
+            episodes.to_csv(tmp_path / "episodes" / f"{cell.name}.csv.gz", index=False)
+            rows.append(dict(zip(run.KEY, (impl, "a2c", "CartPole-v1", seed, 100_000))) | {"eval_mean": value + seed})
+    pd.DataFrame(rows).to_csv(tmp_path / "runs.csv", index=False)
+    return run.read_runs(tmp_path), tmp_path
+
+
+def test_only_what_both_sides_have_measured_is_pooled(recorded):
+    runs, results = recorded
+    groups = [("a2c", "CartPole-v1", 100_000), ("a2c", "CartPole-v1", 200_000), ("ppo", "CartPole-v1", 100_000)]
+    assert aggregate.paired(groups, runs) == [(groups[0], [2, 3])]
+    strata = aggregate.measured(groups, runs, results)
+    for side, value in (("ours", 1.0), ("sb3", 0.0)):
+        (evaluation,), (steps,), (time,) = strata[side].values()
+        np.testing.assert_allclose(evaluation, value + np.array([2, 3]) / (500 - 22.2))
+        assert steps.shape == time.shape == (2, BINS)
+        np.testing.assert_allclose([steps, time], value, atol=1e-12)
