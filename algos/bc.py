@@ -75,7 +75,7 @@ class Args:
     output_dir: str = "runs"
     """folder that run directories are made in, and experts/"""
     resume: str | None = None
-    """run directory to go on in, with its own arguments; only --total-timesteps may be changed"""
+    """run directory to go on in, with its own arguments; only --total-timesteps may be changed, schedules go by it"""
     checkpoint_every: int = 50_000
     """environment steps between checkpoints, which hold the demonstrations too"""
     eval_episodes: int = 10

@@ -12,11 +12,13 @@ with a convolutional network. Details that matter, and why:
 - ale_py's own C++ environments: a step is 4 frames, the last two of them maximised (sprites flicker), grey, 84 × 84;
   an observation is the newest 4 of such images. A step is an agent's step: 1 M steps are 4 M frames.
 - Two protocols. `machado` (Machado et al. 2018, arXiv 1709.06009): the emulator repeats the last action with
-  probability 0.25, and a lost life is no termination. `nature` (Mnih et al. 2015): no such repetition, up to 30 steps
-  without action at the start, and a lost life is a termination for learning, though the game goes on.
+  probability 0.25, and a lost life is no termination. `nature` (Mnih et al. 2015): no such repetition, up to 30 frames
+  without action at the start, and a lost life is a termination for learning, though the game goes on; FIRE is pressed
+  for the agent at a game's start, and not after a lost life. Under both a game ends after 108 000 frames at the latest.
 - The training reward is the sign of the game's, so that one step size does for all games; what is logged and evaluated
   is the score of full games, unclipped, under both protocols.
-- ε falls from 1 to 0.01 over the first tenth of the run; one gradient step for every 4 steps, after 80k random ones.
+- ε falls from 1 to 0.01 over the first tenth of the run; one gradient step for every 4 steps, after 80k random ones:
+  that is the default 2 after a step of 8 environments; with another number of them `--gradient-steps` is to be changed.
 
 Against Stable-Baselines3: the same update as DQN with CnnPolicy and `--no-double` (parameters agree to 1e-4,
 tests/test_dqn_atari.py).
@@ -75,7 +77,7 @@ class Args:
     output_dir: str = "runs"
     """folder that run directories are made in"""
     resume: str | None = None
-    """run directory to go on in, with its own arguments; only --total-timesteps may be changed"""
+    """run directory to go on in, with its own arguments; only --total-timesteps may be changed, schedules go by it"""
     checkpoint_every: int = 1_000_000
     """environment steps between checkpoints, which hold the replay buffer too"""
     eval_episodes: int = 10
@@ -90,12 +92,15 @@ class Args:
     """parallel environments N (per process)"""
     protocol: Literal["machado", "nature"] = "machado"
     """machado: sticky actions, lives do not count; nature: random starts, for learning a lost life is a termination"""
+    full_action_space: bool = False
+    """all 18 actions of the console, as Machado et al., instead of those that do something in the game"""
     clip_rewards: bool = True
     """learn from the rewards' signs"""
 
     # algorithm
     buffer_size: int = 1_000_000
-    """images that the replay buffer holds (per process): a few more than transitions, 7 KB each"""
+    """images that the replay buffer holds (per process): a few more than transitions, 7 KB each; --resume needs twice
+    the memory for a moment"""
     learning_starts: int = 80_000
     """environment steps with random actions before the first update"""
     batch_size: int = 32
@@ -413,7 +418,8 @@ def train(args: Args) -> dict:
     buffer = FrameBuffer(args.buffer_size, args.num_envs, spaces[0], device)
     run = Run(args, rank, {"network": network, "target": target, "optimizer": optimizer, "buffer": buffer})
     envs = make_pixel_envs(args, args.num_envs)
-    film = Film(run.dir / "videos" if args.capture_video and rank == 0 else None)
+    videos = f"videos_from_step_{run.step}" if args.resume else "videos"
+    film = Film(run.dir / videos if args.capture_video and rank == 0 else None)
 
     obs, infos = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
     lives = infos.get("lives", np.zeros(args.num_envs))
@@ -551,7 +557,7 @@ def make_pixel_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     try:
         if args.env_id.startswith("ALE/"):
             options |= dict(repeat_action_probability=0.0 if nature else 0.25, noop_max=30 if nature else 0)
-            options |= dict(use_fire_reset=nature, reward_clipping=False)
+            options |= dict(use_fire_reset=nature, reward_clipping=False, full_action_space=args.full_action_space)
             envs = gym.make_vec(args.env_id, num_envs, **options)
         else:
             envs = gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", vector_kwargs=options)
@@ -568,7 +574,7 @@ def check_pixel_spaces(args: Args) -> tuple[Box, Discrete]:
     if not isinstance(images, Box) or images.dtype != np.uint8 or len(images.shape) != 3 or min(images.shape[1:]) < 36:
         fail(
             f"{args.env_id} has the observation space {images}; {ALGO} needs uint8 images (C, H, W) of at least "
-            "36 × 36. Use ppo.py or dqn.py for vectors."
+            "36 × 36. Atari's games are called ALE/Breakout-v5 and so on; for vectors use ppo.py or dqn.py."
         )
     if not isinstance(actions, Discrete):
         fail(f"{args.env_id} has the action space {actions}; {ALGO} needs Discrete.")

@@ -338,14 +338,15 @@ def make_pixel_env(args, num_envs: int, monitor: Path | None = None, statistics:
 
     def make() -> gym.Env:
         if atari:
-            env = gym.make(args.env_id, frameskip=1, repeat_action_probability=0.0 if nature else 0.25)
+            options = dict(repeat_action_probability=0.0 if nature else 0.25, full_action_space=args.full_action_space)
+            env = gym.make(args.env_id, frameskip=1, **options)
             env = MaxAndSkipEnv(NoopResetEnv(env, 30) if nature else env, 4)
+            if nature and "FIRE" in env.unwrapped.get_action_meanings():
+                env = FireResetEnv(env)  # at a game's start alone, as there; SB3's AtariWrapper has it after each life
         else:
             env = gym.make(args.env_id)
         env = Monitor(env, str(monitor) if monitor else None, override_existing=False)
-        if atari and nature:
-            env = EpisodicLifeEnv(env)
-            env = FireResetEnv(env) if "FIRE" in env.unwrapped.get_action_meanings() else env
+        env = EpisodicLifeEnv(env) if atari and nature else env
         env = WarpFrame(env) if atari else env
         return ClipRewardEnv(env) if args.clip_rewards else env
 

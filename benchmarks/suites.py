@@ -35,7 +35,7 @@ FLAGS = {
 } | {
     # the settings for long runs act at random for 10k steps
     ("sac", "HalfCheetah-v5", 15_000): "--learning-starts 1000",
-    # run.py's workers have a thread each
+    # run.py's workers have a PyTorch thread each
     ("ppo_atari", "ALE/Pong-v5", 1_000_000): "--torch-threads 1",
 }
 """What (script, environment, steps) are run with beside the seed."""
@@ -52,9 +52,9 @@ SUITES: dict[str, list[Entry]] = {
         Entry(["ddpg", "td3", "sac"], ["Pendulum-v1"], range(1, 11), 20_000),
     ],
     "mujoco": [
-        Entry(["ppo"], ["HalfCheetah-v5", "Hopper-v5"], range(1, 4), 1_000_000),
-        Entry(["trpo"], ["Hopper-v5"], range(1, 4), 1_000_000),
-        Entry(["td3", "sac"], ["HalfCheetah-v5", "Hopper-v5"], range(1, 4), 100_000),
+        Entry(["ppo", "trpo", "a2c"], ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"], range(1, 6), 1_000_000),
+        Entry(["sac", "td3", "ddpg"], ["HalfCheetah-v5", "Hopper-v5"], range(1, 6), 100_000),  # 1M on larger machines
+        Entry(["kfac"], ["HalfCheetah-v5", "Hopper-v5"], range(1, 6), 1_000_000),
     ],
     "model-based": [Entry(["mbpo", "sac"], ["HalfCheetah-v5"], range(1, 3), 15_000)],
     "atari": [Entry(["ppo_atari"], ["ALE/Pong-v5"], range(1, 2), 1_000_000, implementations=("ours",))],

@@ -311,6 +311,18 @@ def test_sb3s_games_are_whole_and_their_scores_unclipped(protocol, tmp_path):
     assert ends == 3 if protocol == "machado" else ends > 3 * 4
 
 
+def test_sb3s_nature_protocol_serves_at_a_games_start_alone():
+    """After that the ball of Breakout waits for the agent's FIRE, as in ours; the start takes up to 30 frames."""
+    env = sb3.make_pixel_env(ppo_atari.parse_args("--env-id ALE/Breakout-v5 --protocol nature".split()), 2)
+    env.seed(0)
+    env.reset()
+    ale = [env.unwrapped.envs[i].unwrapped.ale for i in range(2)]
+    assert ale[0].getEpisodeFrameNumber() != ale[1].getEpisodeFrameNumber()
+    for _ in range(400):
+        env.step(np.zeros(2, dtype=int))
+    assert [x.lives() for x in ale] == [4, 4]
+
+
 def test_sb3s_command_trains_on_images(monkeypatch, tmp_path, capsys):
     flags = "--env-id Catch-v0 --num-envs 2 --num-steps 8 --num-minibatches 1 --total-timesteps 40 --eval-episodes 3"
     monkeypatch.setattr("sys.argv", ["sb3.py", "ppo_atari", *flags.split()])

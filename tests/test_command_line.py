@@ -1026,7 +1026,7 @@ def test_averages_over_two_processes_are_those_of_one():
 UPDATES = """
 import copy, sys
 sys.path.insert(0, sys.argv[1])
-import a2c, dqn, grpo, kfac, ppo, reinforce, torch, trpo
+import a2c, dqn, grpo, kfac, numpy, ppo, ppo_atari, reinforce, torch, trpo
 import torch.distributed as dist
 from gymnasium.spaces import Box, Discrete
 
@@ -1100,12 +1100,26 @@ def policy(module):
     return policy, torch.optim.Adam(policy.parameters(), 1e-2)
 
 
+def pixel_agent(module):
+    agent = module.PixelActorCritic(Box(0, 255, (1, 36, 36), numpy.uint8), Discrete(3))
+    return agent, torch.optim.Adam(agent.parameters(), 1e-3)
+
+
+def pixel_step(agent, optimizer, part):
+    states, numbers, *rest = part
+    images = (128 + 40 * states[:, :1, None, None]).clamp(0, 255).byte().expand(-1, -1, 36, 36)
+    batch = ppo_atari.PixelBatch(images, (numbers[:, 0] > 0).long(), *rest)
+    ppo_atari.pixel_ppo_update(agent, optimizer, batch, 0.2, ppo_atari.Args(normalize_advantages=False))
+
+
 def make(module):
+    if module is ppo_atari:
+        return pixel_agent(module)
     return (actor_critic if hasattr(module, "ActorCritic") else dqn_agent if module is dqn else policy)(module)
 
 
 steps = {ppo: ppo_step, a2c: a2c_step, trpo: trpo_step, kfac: kfac_step}
-steps |= {reinforce: policy_step, grpo: policy_step, dqn: dqn_step}
+steps |= {reinforce: policy_step, grpo: policy_step, dqn: dqn_step, ppo_atari: pixel_step}
 data = [[numbers(40, 4), numbers(40, 2), *(numbers(40) for _ in range(4))] for _ in range(3)]
 runs = {}
 for module, step in steps.items():

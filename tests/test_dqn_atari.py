@@ -117,16 +117,22 @@ def test_a_lost_life_ends_a_window_but_not_the_row_of_images():
     assert batch.terminated.tolist() == [True, False]
 
 
-def test_every_usable_row_is_drawn_equally_often():
-    buffer = small_buffer(20)
-    for start in (0, 40, 80, 120):
-        episode(buffer, start, 6)
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("episodes", [1, 4])
+def test_every_usable_row_is_drawn_equally_often(num_envs, episodes):
+    """Of all environments, before the ring is full and after."""
+    buffer = dqn_atari.FrameBuffer(20 * num_envs, num_envs, Box(0, 255, (3, 2, 2), np.uint8), CPU)
+    no = np.zeros(num_envs, bool)
+    for t in range(6 * episodes):
+        stack, following = (images(*range(s, s + 3)).repeat(num_envs, 0) for s in (t, t + 1))
+        end = no | (t % 6 == 5)
+        buffer.add(stack, np.zeros(num_envs), np.zeros(num_envs), following, end, no, end)
     usable = buffer.usable.nonzero().squeeze(1)
-    assert 8 < len(usable) < 18
+    assert (len(usable) == 6 * num_envs) if episodes == 1 else (8 * num_envs < len(usable) < 18 * num_envs)
     torch.manual_seed(0)
-    counts = torch.bincount(buffer.draw_rows(20_000), minlength=20)
+    counts = torch.bincount(buffer.draw_rows(40_000), minlength=20 * num_envs)
     assert counts[~buffer.usable].sum() == 0
-    assert (counts[usable] / 20_000 - 1 / len(usable)).abs().max() < 0.01
+    assert (counts[usable] / 40_000 - 1 / len(usable)).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("steps", [1, 7, 30, 100])
@@ -181,6 +187,41 @@ def test_what_the_buffer_holds_of_a_game_of_five_lives(protocol, monkeypatch):
     assert (buffer["newest"] + 1).sum() == 1000 + 4 * (len(games) + 2), "4 more for each game that has begun"
     lives = {"machado": 1, "nature": 5}[protocol]
     assert lives * len(games) <= terminated.sum() <= lives * len(games) + (lives - 1) * 2
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_steps_updates_and_schedules_follow_the_flags(anneal, monkeypatch):
+    """a: a step of both environments, after 10 random ones with its ε; t: the target follows; c: a gradient step."""
+    events = []
+    epsilon_greedy, add, get = dqn_atari.epsilon_greedy, dqn_atari.FrameBuffer.add, dqn_atari.FrameBuffer.get
+
+    def act(q_values, epsilon):
+        events.append(("ε", pytest.approx(epsilon)))
+        return epsilon_greedy(q_values, epsilon)
+
+    def step(network, target, optimizer, batch, discounts, args, gradient_of):
+        events.append(("c", pytest.approx(optimizer.param_groups[0]["lr"]), len(batch.rewards)))
+        return torch.zeros(2)
+
+    monkeypatch.setattr(dqn_atari, "epsilon_greedy", act)
+    monkeypatch.setattr(dqn_atari, "dqn_update", step)
+    monkeypatch.setattr(dqn_atari.FrameBuffer, "add", lambda *x: events.append("a") or add(*x))
+    monkeypatch.setattr(dqn_atari.FrameBuffer, "get", lambda *x: events.append(("n", *x[2:])) or get(*x))
+    monkeypatch.setattr(dqn_atari, "polyak_update", lambda target, online, tau: events.append(("t", tau)))
+    flags = "--env-id Catch-v0 --num-envs 2 --train-frequency 3 --gradient-steps 2 --learning-starts 10 --batch-size 4"
+    flags += " --total-timesteps 48 --buffer-size 1000 --target-frequency 5 --tau 0.3 --n-step 3 --gamma 0.9"
+    flags += " --learning-rate 0.3 --exploration-start 0.9 --exploration-end 0.1 --exploration-fraction 0.5"
+    dqn_atari.train(parse(f"{flags} --{'' if anneal else 'no-'}anneal-lr --eval-episodes 1"))
+
+    expected, steps = [], 0
+    while steps < 48:
+        rate = 0.3 * (1 - steps / 48) if anneal else 0.3
+        for _ in range(3):
+            expected += [("ε", max(0.9 - 0.8 * steps / 24, 0.1))] * (steps >= 10) + ["a"]
+            steps += 2
+            expected += [("t", 0.3)] * (steps // 5 - (steps - 2) // 5)
+        expected += [("n", 3, 0.9), ("c", rate, 4)] * (2 if steps > 10 else 0)
+    assert events == expected
 
 
 # Against Stable-Baselines3 ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import numpy as np
 import ppo_atari
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
 from parity import Recorder, assert_advantages_agree, follow, largest_difference
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -183,6 +184,42 @@ def test_a_time_limit_is_bootstrapped_from_its_final_observation(seen, monkeypat
     torch.testing.assert_close(next_values, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(next_values[:-1][~truncated[:-1]], values[1:][~truncated[:-1]])
     assert ((next_values[19] - values[20]).abs() > 1e-4).all()
+
+
+def test_samples_follow_the_policy():
+    torch.manual_seed(0)
+    agent = ppo_atari.PixelActorCritic(Box(0, 255, (1, 36, 36), np.uint8), Discrete(3))
+    logits = torch.tensor([2.0, 0.0, -1.0])
+    frequencies = agent.sample(logits.expand(100_000, 3)).bincount(minlength=3) / 100_000
+    torch.testing.assert_close(frequencies, logits.softmax(-1), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_learning_rate_and_clipping_range_fall_linearly_if_asked_for(anneal, monkeypatch):
+    given, update = [], ppo_atari.pixel_ppo_update
+
+    def recorded(agent, optimizer, batch, clip, args):
+        given.append((optimizer.param_groups[0]["lr"].item(), clip.item()))
+        return update(agent, optimizer, batch, clip, args)
+
+    monkeypatch.setattr(ppo_atari, "pixel_ppo_update", recorded)
+    flags = "--env-id Catch-v0 --num-envs 2 --num-steps 5 --num-minibatches 1 --update-epochs 1 --total-timesteps 40"
+    no = "" if anneal else "no-"
+    flags += f" --learning-rate 0.01 --clip-coef 0.3 --{no}anneal-lr --{no}anneal-clip --eval-episodes 1"
+    ppo_atari.train(parse(flags))
+    shares = [1, 0.75, 0.5, 0.25] if anneal else [1] * 4
+    np.testing.assert_allclose(given, [(0.01 * share, 0.3 * share) for share in shares], rtol=1e-6)
+
+
+def test_an_update_ends_where_the_kl_passes_its_target(monkeypatch):
+    """The policy has moved since the rollout: no step more with a target below that, and the epochs are over."""
+    updates, update = [], ppo_atari.pixel_ppo_update
+    monkeypatch.setattr(ppo_atari, "pixel_ppo_update", lambda *args: updates.append(update(*args)) or updates[-1])
+    flags = "--env-id Catch-v0 --num-envs 2 --num-steps 8 --num-minibatches 1 --update-epochs 9 --total-timesteps 16"
+    for target, expected in (("", [False] * 9), ("--target-kl 1e-9", [False, True])):
+        updates.clear()
+        ppo_atari.train(parse(f"{flags} --learning-rate 1e-3 --eval-episodes 1 {target}"))
+        assert [kl_passed for _, kl_passed in updates] == expected
 
 
 # Against Stable-Baselines3 ----------------------------------------------------------------------------------
