@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from estimates import BINS, STYLES, binned, iqm, runs_of, save
+from estimates import BINS, STYLES, binned, iqm, of_seeds, runs_of, save
 from matplotlib import pyplot as plt
 from run import Cell
 
@@ -61,7 +61,7 @@ def paired(groups: list[tuple[str, str, int]], runs: pd.DataFrame) -> list[tuple
     for algo, env_id, steps in groups:
         ours, sb3 = (runs_of(runs, impl, algo, env_id, steps).index.get_level_values("seed") for impl in SIDES)
         both = sorted(set(ours) & set(sb3))
-        if both and env_id in REFERENCES:
+        if both:
             pairs.append(((algo, env_id, steps), both))
     return pairs
 
@@ -75,6 +75,7 @@ def over_time(curves: list[pd.DataFrame], duration: float) -> np.ndarray:
 
 def measured(groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: Path) -> dict[str, dict[str, Strata]]:
     """By side: normalised evaluation returns, and training returns over steps and over time."""
+    groups = [group for group in groups if group[1] in REFERENCES]
     strata = {side: {"evaluation": [], "steps": [], "time": []} for side in SIDES}
     for (algo, env_id, steps), seeds in paired(groups, runs):
         cells = {side: [Cell(side, algo, env_id, seed, steps) for seed in seeds] for side in SIDES}
@@ -84,8 +85,7 @@ def measured(groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: Pa
         }
         duration = np.median([curve["t"].iloc[-1] for curve in curves["sb3"]])
         for side in SIDES:
-            rows = runs_of(runs, side, algo, env_id, steps)
-            evaluation = rows[rows.index.get_level_values("seed").isin(seeds)]["eval_mean"].to_numpy()
+            evaluation = of_seeds(runs_of(runs, side, algo, env_id, steps), seeds)["eval_mean"].to_numpy()
             strata[side]["evaluation"].append(normalised(evaluation, env_id))
             strata[side]["steps"].append(normalised(np.stack([curve["r"] for curve in curves[side]]), env_id))
             strata[side]["time"].append(normalised(over_time(curves[side], duration), env_id))

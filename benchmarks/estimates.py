@@ -47,8 +47,8 @@ def iqm_ratio(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
     return iqm(x, axis) / iqm(y, axis)
 
 
-def interval(statistic, *samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bootstrap interval of statistic(*samples), each resampled by itself along its last axis.
+def interval(statistic, *samples: np.ndarray, paired: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bootstrap interval of statistic(*samples), each resampled along its last axis, by itself or `paired`.
 
     NaN where a sample has fewer than two values.
     """
@@ -56,6 +56,7 @@ def interval(statistic, *samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return (np.full(np.shape(statistic(*samples)), np.nan),) * 2
     rng = np.random.default_rng(0)
     options = dict(n_resamples=10_000, batch=1000, method="percentile", axis=-1, vectorized=True, rng=rng)
+    options |= dict(paired=paired)
     return tuple(scipy.stats.bootstrap(samples, statistic, **options).confidence_interval)
 
 
@@ -67,6 +68,11 @@ def runs_of(runs: pd.DataFrame, impl: str, algo: str, env_id: str, steps: int) -
     keys = runs.index.to_frame()
     mine = (keys["impl"] == impl) & (keys["algo"] == algo) & (keys["env_id"] == env_id)
     return runs.loc[mine & (keys["total_timesteps"] == steps)]
+
+
+def of_seeds(rows: pd.DataFrame, seeds: list[int]) -> pd.DataFrame:
+    """Those of these seeds, in the order of the seeds."""
+    return rows[rows.index.get_level_values("seed").isin(seeds)].sort_index()
 
 
 def returns_of(runs: pd.DataFrame, impl: str, algo: str, env_id: str, steps: int) -> np.ndarray:
@@ -113,11 +119,11 @@ def number(x: float, digits: int) -> str:
     return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
 
 
-def estimate(statistic, *samples: np.ndarray) -> str:
+def estimate(statistic, *samples: np.ndarray, paired: bool = False) -> str:
     """statistic(*samples) [its interval]; no interval from a single value, — where a sample is empty."""
     if not all(len(sample) for sample in samples):
         return "—"
-    values = [statistic(*samples), *interval(statistic, *samples)]
+    values = [statistic(*samples), *interval(statistic, *samples, paired=paired)]
     value, low, high = (number(x, digits_of(*np.nan_to_num(values))) for x in values)
     return value if low == "nan" else f"{value} [{low}, {high}]"
 

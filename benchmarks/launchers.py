@@ -106,9 +106,11 @@ class RayJob:
                 self.code, files = ray.get(self.reference)
             except ray.exceptions.RayError as error:
                 self.code, files = 1, {"stderr.txt": str(error).encode()}
-            for name, content in files.items():
-                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (self.folder / name).write_bytes(content)
+            for name in sorted(files, key="stdout.txt".__eq__):  # that is what says that a run has finished: last
+                path = self.folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.with_name("arriving").write_bytes(files[name])
+                os.replace(path.with_name("arriving"), path)
         return self.code
 
     def stop(self) -> None:
@@ -144,7 +146,10 @@ class Ray:
             sys.exit("--launcher ray: Ray is not installed here; pip install ray==2.60.0")
         refuse_unreachable(address or os.environ.get("RAY_ADDRESS"))
         environment = {"working_dir": str(root), "excludes": NOT_SHIPPED}
-        ray.init(address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+        try:
+            ray.init(address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            sys.exit(f"--address {address}: {' '.join(str(error).split())}")
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # no node has this module on its path
         self.task = ray.remote(num_cpus=1, max_retries=RETRIES)(run_on_node)
 

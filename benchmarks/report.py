@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import tyro
+from aggregate import REFERENCES, paired, plot_aggregate, stratified
 from aggregate import measured as measured_on_both_sides
-from aggregate import paired, plot_aggregate, stratified
 from compounding_error import ERROR, HORIZONS
 from compounding_error import LABELS as LEDGE_LABELS
 from estimates import (
@@ -28,6 +28,7 @@ from estimates import (
     iqm_ratio,
     markdown,
     number,
+    of_seeds,
     probability_of_improvement,
     returns_of,
     runs_of,
@@ -54,6 +55,8 @@ SOLVERS = {
     ("ours", "sac"): dict(label="SAC", color="#009E73", linestyle="-."),
     ("sb3", "sac"): dict(label="SB3's SAC", color="#D55E00", linestyle="--"),
 }
+OUR_SETTINGS = ("eager", "compile")
+"""of throughput.py, beside SB3's"""
 HEADLINE_SUITES = ("classic", "mujoco")
 """in README.md; the plot is the first one's"""
 EFFICIENCY = [("kfac", "CartPole-v1", 100_000), ("kfac", "Acrobot-v1", 100_000), ("kfac", "HalfCheetah-v5", 500_000)]
@@ -113,10 +116,14 @@ episodes.
 
 - **ours**, **SB3**: interquartile mean (IQM) over seeds [95 % interval]. The IQM leaves out the lowest and the
   highest quarter of the seeds, rounded down: with fewer than 4 seeds it is the plain mean.
-- **difference**: IQM of ours − IQM of Stable-Baselines3 (SB3).
+- **difference**: IQM of ours − IQM of Stable-Baselines3 (SB3). Where both sides are run, all of a row is over the
+  seeds that both have.
 - **P(ours > SB3)**: share of pairs (a seed of ours, a seed of SB3) in which ours is better; a tie counts half.
-- Intervals are percentile bootstraps, 10 000 resamples of the seeds, each side for itself. From 3 seeds they are
-  too narrow: read them as a spread, not as a test.
+- Intervals are percentile bootstraps, 10 000 resamples of the seeds. From 3 seeds they are too narrow: read them as a
+  spread, not as a test.
+- With the same seed both sides are evaluated from the same 10 start states, so what compares them resamples their
+  seeds together. Neighbouring seeds have 9 of them in common: where start states decide much of the return, as on
+  Pendulum, the seeds of one side are alike, and its own interval is narrower than that of seeds further apart.
 - **verdict**: whether the interval of the difference reaches 0; "few seeds" where that is no test.
 - DQN is Double DQN here, the script's default, and plain DQN in SB3, which has no other.
 - An algorithm that SB3 does not have stands beside SB3's A2C and PPO (MBPO: SAC) after the same number of steps, each
@@ -185,8 +192,9 @@ HEADLINE = """\
 <!-- headline: written by benchmarks/report.py -->
 {table}
 
-IQM of the evaluation return, ours / SB3's, same hyperparameters and number of steps; speed: training steps per second
-over SB3's in the same run on a CPU. Seeds, intervals, learning curves and commands: [benchmarks](benchmarks/README.md).
+IQM of the evaluation return, ours / SB3's, with the same hyperparameters, number of steps and seeds; training steps per
+second over SB3's in the same run on a CPU, compiled or eager, whichever is faster. † The code has changed since.
+Seeds, intervals, learning curves and commands: [benchmarks](benchmarks/README.md).
 
 ![{suite}: profile, returns over steps and over time](benchmarks/plots/{suite}_all.png)
 <!-- end of headline -->"""
@@ -290,16 +298,11 @@ class Args:
 
 def verdict(x: np.ndarray, y: np.ndarray) -> str:
     """Of the difference's interval: does it reach 0, and if not, which side is better."""
-    low, high = interval(iqm_difference, x, y)
+    low, high = interval(iqm_difference, x, y, paired=True)
     if np.isnan(low):
         return "—"
-    few = ", few seeds" if min(len(x), len(y)) < 5 else ""
+    few = ", few seeds" if len(x) < 5 else ""
     return ("interval reaches 0" if low <= 0 <= high else "ours better" if low > 0 else "SB3 better") + few
-
-
-def seeds(found: dict[str, int], wanted: dict[str, int]) -> str:
-    """Number of seeds on each side; 3/10 where some are still to be run."""
-    return ", ".join(f"{n}" if found[impl] == n else f"{found[impl]}/{n}" for impl, n in wanted.items())
 
 
 def has_changed(row: pd.Series) -> bool:
@@ -322,11 +325,11 @@ def beside(algo: str) -> tuple[str, ...]:
 
 def comparison(algo: str, env_id: str, steps: int, runs: pd.DataFrame, cells: list[Cell]) -> dict:
     """A row of a suite's table; `cells`: those of this algorithm, environment and number of steps."""
-    sides = [impl for impl in LABELS if any(cell.impl == impl for cell in cells)]
     shown = runs.loc[[astuple(cell) for cell in cells if astuple(cell) in runs.index]]
-    returns = {impl: returns_of(shown, impl, algo, env_id, steps) for impl in LABELS}
-    x, y = returns.values()
-    both = len(x) > 0 and len(y) > 0
+    pairs = paired([(algo, env_id, steps)], shown)
+    shown = of_seeds(shown, pairs[0][1]) if pairs else shown
+    x, y = (returns_of(shown, impl, algo, env_id, steps) for impl in LABELS)
+    found, wanted = max(len(x), len(y)), len({cell.seed for cell in cells})
     sb3 = estimate(iqm, y)
     if algo not in MODELS:
         others = {other: runs_of(runs, "sb3", other, env_id, steps) for other in beside(algo)}
@@ -338,14 +341,12 @@ def comparison(algo: str, env_id: str, steps: int, runs: pd.DataFrame, cells: li
         "algorithm": algo + dagger(shown),
         "environment": env_id,
         "steps": EngFormatter(sep="")(steps),
-        "seeds (ours, SB3)": seeds(
-            {impl: len(returns[impl]) for impl in sides}, {s: sum(cell.impl == s for cell in cells) for s in sides}
-        ),
+        "seeds": f"{found}" if found == wanted else f"{found}/{wanted}",
         "ours": estimate(iqm, x),
         "SB3": sb3,
-        "difference": estimate(iqm_difference, x, y),
-        "P(ours > SB3)": estimate(probability_of_improvement, x, y),
-        "verdict": verdict(x, y) if both else "—",
+        "difference": estimate(iqm_difference, x, y, paired=True) if pairs else "—",
+        "P(ours > SB3)": estimate(probability_of_improvement, x, y, paired=True) if pairs else "—",
+        "verdict": verdict(x, y) if pairs else "—",
         "published": PUBLISHED.get((algo, env_id), "—"),
     }
 
@@ -366,16 +367,24 @@ def run_table(runs: pd.DataFrame) -> str:
     )
 
 
+def speed_dagger(measurements: pd.DataFrame, work: str, settings: tuple[str, ...] = OUR_SETTINGS) -> str:
+    """ " †" where one of a work's settings was measured with other code or other flags."""
+    rows = measurements[(measurements["work"] == work) & measurements["setting"].isin(settings)]
+    known = work in WORKS and all(
+        row.code_sha256 == source_sha256(*code_of(WORKS[work], row.setting)) and row.flags == WORKS[work].flags
+        for row in rows.itertuples()
+    )
+    return "" if known else " †"
+
+
 def throughput_table(measurements: pd.DataFrame, other: str = "SB3") -> str:
     """Steps per second and the ratios to the other side, with † for what older code has measured."""
     rows = []
     for (work, setting), row in summary(measurements).iterrows():
-        codes = measurements.loc[(measurements["work"] == work) & (measurements["setting"] == setting), "code_sha256"]
-        known = work in WORKS and (codes == source_sha256(*code_of(WORKS[work], setting))).all()
         rows.append(
             {
                 "work": work,
-                "setting": LABELS.get(setting, f"ours, {setting}") + ("" if known else " †"),
+                "setting": LABELS.get(setting, f"ours, {setting}") + speed_dagger(measurements, work, (setting,)),
                 "rounds": int(row["rounds"]),
                 "steps/s (median)": number(row["steps/s"], 0),
                 **{f"ratio to {other}, {name}": number(row[name], 2) for name in ("min", "median", "max")},
@@ -440,7 +449,7 @@ def plot_suite(groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: 
 
 def aggregate_section(suite: str, groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: Path) -> str:
     """What both sides have measured of a suite, pooled; "" for fewer than two pairs; draws its plot."""
-    pairs = paired(groups, runs)
+    pairs = paired([group for group in groups if group[1] in REFERENCES], runs)
     if len(pairs) < 2:
         return ""
     strata = measured_on_both_sides(groups, runs, results)
@@ -449,8 +458,8 @@ def aggregate_section(suite: str, groups: list[tuple[str, str, int]], runs: pd.D
     rows = []
     for impl, label in LABELS.items():
         middle, low, high = (number(x, 3) for x in stratified(iqm, strata[impl]["evaluation"]))
-        count = sum(len(x) for x in strata[impl]["evaluation"])
-        rows.append({"": label, "runs": count, "normalised return": f"{middle} [{low}, {high}]"})
+        used = pd.concat([of_seeds(runs_of(runs, impl, *key), seeds) for key, seeds in pairs])
+        rows.append({"": label + dagger(used), "runs": len(used), "normalised return": f"{middle} [{low}, {high}]"})
     return AGGREGATE.format(suite=suite, pairs=len(pairs), table=markdown(rows), plot=f"plots/{plot.name}")
 
 
@@ -462,16 +471,20 @@ def headline(runs: pd.DataFrame, measurements: pd.DataFrame) -> str:
         for cell in cells_of(suite)
         if cell.algo in MODELS
     ]
-    pairs = paired(list(dict.fromkeys(groups)), runs)
+    pairs = [(key, seeds) for key, seeds in paired(list(dict.fromkeys(groups)), runs) if len(seeds) >= 3]
     env_ids = list(dict.fromkeys(env_id for (_, env_id, _), _ in pairs))
-    ratios = summary(measurements)["median"].rename("ratio").reset_index()
+    speeds = summary(measurements)["median"].unstack("setting").reindex(columns=OUR_SETTINGS).max(axis=1)
     rows = {}
-    for (algo, env_id, steps), _ in pairs:
+    for (algo, env_id, steps), seeds in pairs:
         row = rows.setdefault(algo, {"": f"[{algo}](algos/{algo}.py)"} | dict.fromkeys(env_ids, "–"))
-        x, y = (iqm(returns_of(runs, impl, algo, env_id, steps)) for impl in LABELS)
-        row[env_id] = " / ".join(number(value, min(1, digits_of(x, y))) for value in (x, y))
-        speed = ratios.loc[ratios["work"].str.startswith(f"{algo} ") & (ratios["setting"] != "floor"), "ratio"]
-        row["speed"] = f"{number(speed.max(), 1)} ×" if len(speed) else "–"
+        used = [of_seeds(runs_of(runs, impl, algo, env_id, steps), seeds) for impl in LABELS]
+        x, y = (iqm(side["eval_mean"].to_numpy()) for side in used)
+        row[env_id] = " / ".join(number(value, min(1, digits_of(x, y))) for value in (x, y)) + dagger(pd.concat(used))
+        works = [work for work in speeds.index if work.startswith(f"{algo} ")]
+        row["training steps per second"] = "; ".join(
+            f"{number(speeds[work], 1)} × on {work.removeprefix(algo).strip()}{speed_dagger(measurements, work)}"
+            for work in works
+        )
     return HEADLINE.format(table=markdown(list(rows.values())), suite=HEADLINE_SUITES[0])
 
 
@@ -576,9 +589,9 @@ def labels_rows(env_id: str, budgets: list[int], runs: pd.DataFrame) -> list[dic
         measured = {algo: runs_of(runs, "ours", algo, env_id, labels) for algo in IMITATORS}
         x, y = (runs["eval_mean"].to_numpy() for runs in measured.values())
         row = {"environment": env_id, "labels": labels}
-        row |= {algo + dagger(runs): estimate(iqm, runs["eval_mean"].to_numpy()) for algo, runs in measured.items()}
-        row["dagger − bc"] = estimate(iqm_difference, y, x)
-        rows.append(row | {"P(dagger > bc)": estimate(probability_of_improvement, y, x)})
+        row |= {algo: estimate(iqm, runs["eval_mean"].to_numpy()) + dagger(runs) for algo, runs in measured.items()}
+        row["dagger − bc"] = estimate(iqm_difference, y, x, paired=True)
+        rows.append(row | {"P(dagger > bc)": estimate(probability_of_improvement, y, x, paired=True)})
     return rows
 
 
@@ -595,13 +608,14 @@ def imitation(cells: list[Cell], runs: pd.DataFrame, results: Path) -> str:
     rows, columns = [], [env_id for env_id in EXPERTS if env_id in dict(measured)]
     if not columns:
         return ""
+    experts = pd.read_csv(results / "experts" / "experts.csv", index_col="env_id")
     figure, axes = plt.subplots(1, len(columns), figsize=(5 * len(columns), 3.8), squeeze=False, layout="constrained")
     for env_id, ax in zip(columns, axes.flat):
         budgets = sorted(labels for env, labels in measured if env == env_id)
         for algo, style in IMITATORS.items():
             returns = np.stack([returns_of(runs, "ours", algo, env_id, labels) for labels in budgets])
             draw(ax, np.array(budgets), iqm(returns), *interval(iqm, returns), **style)
-        expert = runs.loc[[EXPERTS[env_id]], "eval_mean"].item()
+        expert = experts.loc[env_id, "eval_mean"]
         ax.axhline(expert, color="#555555", linestyle=":", label="the expert")
         ax.set_xscale("log", base=2)
         ax.set_xticks(budgets, map(str, budgets))

@@ -10,12 +10,12 @@
 Each cell (implementation, algorithm, environment, seed, steps) is one process with the command that a user would
 type. Its run directory and output are in a folder of its own in --work; a cell that has finished there is recorded
 and not run again. A row of results/runs.csv holds the command, the versions and two hashes: of the script's bytes,
-and of its code without comments and docstrings, which says whether the row still describes the code.
+and of all that makes the run, its code without comments and docstrings, which says whether the row still describes
+the code. Several run.py may share --work and --results.
 """
 
 import ast
 import functools
-import glob
 import hashlib
 import importlib
 import json
@@ -34,6 +34,7 @@ import numpy as np
 import pandas as pd
 import stable_baselines3
 import tyro
+from filelock import FileLock, Timeout
 from launchers import Local, LocalJob, Ray, RayJob
 from sb3 import MODELS, maker_of
 from suites import FLAGS, SUITES
@@ -150,31 +151,52 @@ def script_sha256(cell: Cell) -> str:
 
 
 def source_sha256(impl: str, algo: str) -> str:
-    """Of the syntax tree, without docstrings, of algos/{algo}.py or of the functions of sb3.py that run `algo`."""
+    """Of the syntax tree, without docstrings, of algos/{algo}.py or of all in sb3.py that runs `algo`."""
     if impl == "ours":
         return tree_sha256((ROOT / "algos" / f"{algo}.py").read_text())
     functions = (MODELS[algo].__name__, maker_of(algo).__name__, "train")
     return tree_sha256((ROOT / "benchmarks" / "sb3.py").read_text(), functions)
 
 
+def used_by(tree: ast.Module, names: tuple[str, ...]) -> set[str]:
+    """These functions, and what of the module they use, and so on; train()'s make_env is another one for images."""
+    defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    used, todo = set(), list(names)
+    while todo:
+        name = todo.pop()
+        used.add(name)
+        inside = {node.id for node in ast.walk(defined[name]) if isinstance(node, ast.Name)}
+        todo += (inside & defined.keys()) - used - ({"make_env"} - set(names))
+    return used
+
+
 @functools.cache
 def tree_sha256(text: str, functions: tuple[str, ...] | None = None) -> str:
-    """Of a script's syntax tree without docstrings, or of these functions' alone."""
+    """Of a script's syntax tree without docstrings, or of these functions' and of what they use."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):  # a bare string is a docstring, also below a field
             node.body = [x for x in node.body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
     if functions:
-        tree.body = [node for node in tree.body if getattr(node, "name", None) in functions]
+        used = used_by(tree, functions)
+        tree.body = [node for node in tree.body if getattr(node, "name", None) in used]
     # Python 3.13 leaves empty fields out, older versions write them: out with them, for one hash everywhere.
     dump = re.sub(r"(, )?\w+=(\[\]|Load\(\))", "", ast.dump(tree)).replace("(, ", "(")
     return hashlib.sha256(dump.encode()).hexdigest()
 
 
-def code_sha256(impl: str, source: str, args: dict, sb3_version: str) -> str:
-    """`source` of source_sha256 alone, or for SB3 with the run's flags and SB3's version, which make the run too."""
+def with_hashes(flags: str) -> str:
+    """The flags of a cell, each file among them with its hash."""
+    words = [(word, ROOT / word) for word in flags.split()]
+    return " ".join(
+        f"{x}@{hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else x for x, path in words
+    )
+
+
+def code_sha256(impl: str, source: str, args: dict, sb3_version: str, flags: str = "") -> str:
+    """`source` of source_sha256 with what else makes the run: the flags, or for SB3 all arguments and its version."""
     if impl == "ours":
-        return source
+        return hashlib.sha256(json.dumps([source, flags]).encode()).hexdigest() if flags else source
     args = {k: v for k, v in args.items() if k not in NOT_SB3S}
     return hashlib.sha256(json.dumps([source, args, sb3_version], sort_keys=True).encode()).hexdigest()
 
@@ -182,24 +204,36 @@ def code_sha256(impl: str, source: str, args: dict, sb3_version: str) -> str:
 def present_code(cell: Cell, sb3_version: str = stable_baselines3.__version__) -> str:
     """code_sha256 of the cell if it were run now."""
     args = script_args(cell.algo, cell.env_id, cell.flags) | {"total_timesteps": cell.total_timesteps}
-    return code_sha256(cell.impl, source_sha256(cell.impl, cell.algo), args, sb3_version)
+    source = source_sha256(cell.impl, cell.algo)
+    return code_sha256(cell.impl, source, args, sb3_version, with_hashes(cell.flags))
 
 
-def code_that_ran(cell: Cell, folder: Path, run_dir: Path) -> dict[str, str]:
-    """code_sha256 and script_sha256 of a run that has been started, from meta.json, written at its launch.
+def about_now(cell: Cell) -> dict[str, str]:
+    """What meta.json keeps of a run that starts now."""
+    return {
+        "source_sha256": source_sha256(cell.impl, cell.algo),
+        "script_sha256": script_sha256(cell),
+        "flags": with_hashes(cell.flags),
+        "command": " ".join(cell.command),
+    }
+
+
+def what_ran(cell: Cell, folder: Path, run_dir: Path) -> dict[str, str]:
+    """code_sha256, script_sha256 and command of a run that has been started, from meta.json, written at its launch.
 
     A run started by hand has none: then today's code is taken for it, unless args.json has the hash of another
     script. (sb3.py writes no hash there, so a baseline started by hand counts as one of today's sb3.py.)
     """
-    about = json.loads((run_dir / "args.json").read_text())
-    now = script_sha256(cell)
-    meta = {"source_sha256": source_sha256(cell.impl, cell.algo), "script_sha256": now}
+    about, meta = json.loads((run_dir / "args.json").read_text()), about_now(cell)
+    script = about.get("script_sha256", meta["script_sha256"])
     if (folder / "meta.json").exists():
-        meta = json.loads((folder / "meta.json").read_text())
-    elif about.get("script_sha256", now) != now:
-        return {"code_sha256": "unknown", "script_sha256": about["script_sha256"]}
-    code = code_sha256(cell.impl, meta["source_sha256"], about["args"], about["versions"].get("stable_baselines3", ""))
-    return {"code_sha256": code, "script_sha256": about.get("script_sha256", meta["script_sha256"])}
+        meta |= json.loads((folder / "meta.json").read_text())
+    elif script != meta["script_sha256"]:
+        return {"code_sha256": "unknown", "script_sha256": script, "command": meta["command"]}
+    version = about["versions"].get("stable_baselines3", "")
+    code = code_sha256(cell.impl, meta["source_sha256"], about["args"], version, meta["flags"])
+    script = about.get("script_sha256", meta["script_sha256"])
+    return {"code_sha256": code, "script_sha256": script, "command": meta["command"]}
 
 
 # Results ----------------------------------------------------------------------------------------------------
@@ -209,6 +243,18 @@ def read_runs(results: Path) -> pd.DataFrame:
     """runs.csv, indexed by KEY; empty before the first recording."""
     path = results / "runs.csv"
     return (pd.read_csv(path) if path.exists() else pd.DataFrame(columns=KEY)).set_index(KEY).sort_index()
+
+
+def writing(results: Path) -> FileLock:
+    """Held by whoever changes runs.csv."""
+    results.mkdir(parents=True, exist_ok=True)
+    return FileLock(results / "runs.lock")
+
+
+def write_runs(runs: pd.DataFrame, results: Path) -> None:
+    """Under another name first: a kill leaves the old file whole."""
+    runs.sort_index().to_csv(results / "runs.csv.tmp")
+    os.replace(results / "runs.csv.tmp", results / "runs.csv")
 
 
 def sb3_version(row: pd.Series) -> str:
@@ -235,40 +281,42 @@ def record(cell: Cell, folder: Path, results: Path) -> None:
         "eval_episodes": int(episodes),
         "steps_per_second": round(monitor["l"].sum() / seconds, 1),
         "seconds": round(seconds, 1),
-        **code_that_ran(cell, folder, run_dir),
+        **what_ran(cell, folder, run_dir),
         "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
         "date": datetime.fromtimestamp((folder / "stdout.txt").stat().st_mtime, timezone.utc).date().isoformat(),
-        "command": " ".join(cell.command),
     }
+    row["command"] = row.pop("command")  # the last column
     (results / "episodes").mkdir(parents=True, exist_ok=True)
     monitor.round({"r": 3, "t": 2}).to_csv(
         results / "episodes" / f"{cell.name}.csv.gz", index=False, compression={"method": "gzip", "mtime": 0}
     )
-    index = pd.MultiIndex.from_tuples([astuple(cell)], names=KEY)
-    runs = read_runs(results).drop(index=[astuple(cell)], errors="ignore")
-    row = pd.DataFrame([row], index=index)
-    (row if runs.empty else pd.concat([runs, row])).sort_index().to_csv(results / "runs.csv.tmp")
-    os.replace(results / "runs.csv.tmp", results / "runs.csv")  # a kill leaves the old file whole
+    row = pd.DataFrame([row], index=pd.MultiIndex.from_tuples([astuple(cell)], names=KEY))
+    with writing(results):
+        runs = read_runs(results).drop(index=[astuple(cell)], errors="ignore")
+        write_runs(row if runs.empty else pd.concat([runs, row]), results)
 
 
 # Running ----------------------------------------------------------------------------------------------------
 
 
-def in_use(path: Path) -> bool:
-    """Whether a living process has this file as its standard output (known on Linux; elsewhere False)."""
-    for stdout in glob.glob("/proc/[0-9]*/fd/1"):
-        try:
-            if os.readlink(stdout) == str(path):
-                return True
-        except OSError:  # it has just ended, or is another user's
-            continue
+def lock_of(cell: Cell, work: Path) -> FileLock:
+    """Held by the run.py that is at the cell; the system lets it go when that process ends, however it ends."""
+    (work / "locks").mkdir(parents=True, exist_ok=True)
+    return FileLock(work / "locks" / cell.name)
+
+
+def is_held(lock: FileLock) -> bool:
+    """Whether another process holds it."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
     return False
 
 
 def state(cell: Cell, folder: Path) -> tuple[str, Path | None]:
-    """("in use" | "finished" | "started" | "new", run directory): how far the cell is in the work folder."""
-    if in_use(folder / "stdout.txt"):
-        return "in use", None
+    """("finished" | "started" | "new", run directory): how far the cell is in the work folder."""
     if match := evaluation(folder):
         return "finished", folder / Path(match[4]).name
     checkpoints = sorted(folder.glob("*/checkpoint.pt"), key=os.path.getmtime)
@@ -276,15 +324,15 @@ def state(cell: Cell, folder: Path) -> tuple[str, Path | None]:
 
 
 def plan(cell: Cell, folder: Path, runs: pd.DataFrame, rerun_changed: bool) -> tuple[str, Path | None]:
-    """("skip" | "in use" | "record" | "resume" | "run", run directory): what there is to do for the cell."""
+    """("skip" | "record" | "resume" | "run", run directory): what there is to do for the cell."""
     now = present_code(cell)
     recorded = astuple(cell) in runs.index
     if recorded and not (rerun_changed and runs.loc[astuple(cell), "code_sha256"] != now):
         return "skip", None
     found, run_dir = state(cell, folder)
-    if found in ("in use", "new"):
-        return {"in use": "in use", "new": "run"}[found], None
-    unchanged = code_that_ran(cell, folder, run_dir)["code_sha256"] == now
+    if found == "new":
+        return "run", None
+    unchanged = what_ran(cell, folder, run_dir)["code_sha256"] == now
     if found == "finished":
         return ("record", run_dir) if unchanged or not rerun_changed else ("run", None)
     return ("resume", run_dir) if unchanged else ("run", None)  # half of a run with one code, half with another: no
@@ -296,8 +344,7 @@ def launch(cell: Cell, folder: Path, run_dir: Path | None, launcher: Local | Ray
         return launcher.start([cell.script, "--resume", str(run_dir)], folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    meta = {"source_sha256": source_sha256(cell.impl, cell.algo), "script_sha256": script_sha256(cell)}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    (folder / "meta.json").write_text(json.dumps(about_now(cell), indent=2) + "\n")
     return launcher.start(cell.command[1:], folder)
 
 
@@ -317,11 +364,11 @@ def run(todo: list[Cell], args: Args) -> int:
     """Runs and records the cells, as many at a time as the launcher takes. Returns how many have failed."""
     failed, running, queue = 0, {}, list(todo)
     launcher = Ray(ROOT, args.address) if args.launcher == "ray" else Local(ROOT, args.workers)
-    runs = read_runs(args.results)
     bar = tqdm(total=len(todo), unit="run", smoothing=0, desc=args.suite)
 
-    def done(message: str | None = None) -> None:
+    def done(lock: FileLock, message: str | None = None) -> None:
         nonlocal failed
+        lock.release()
         if message:
             failed += 1
             bar.write(message, file=sys.stderr)
@@ -332,24 +379,27 @@ def run(todo: list[Cell], args: Args) -> int:
         while queue or running:
             while queue and len(running) < launcher.workers:
                 cell = queue.pop(0)
-                folder = args.work / cell.name
-                what, run_dir = plan(cell, folder, runs, args.rerun_changed)
+                folder, lock = args.work / cell.name, lock_of(cell, args.work)
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    done(lock, f"{cell.name}: another run.py is at it; start again when that has ended")
+                    continue
+                what, run_dir = plan(cell, folder, read_runs(args.results), args.rerun_changed)
                 if what in ("run", "resume"):
-                    running[launch(cell, folder, run_dir if launcher.resumes else None, launcher)] = cell
-                elif what == "in use":
-                    done(f"{cell.name}: another process is at it, writing {folder}; start again when it has ended")
-                else:
-                    if what == "record":
-                        record(cell, folder, args.results)
-                    done()
+                    job = launch(cell, folder, run_dir if launcher.resumes else None, launcher)
+                    running[job] = cell, folder, lock
+                    continue
+                if what == "record":
+                    record(cell, folder, args.results)
+                done(lock)
             for job in [job for job in running if job.poll() is not None]:
-                cell = running.pop(job)
-                folder = args.work / cell.name
+                cell, folder, lock = running.pop(job)
                 if evaluation(folder):
                     record(cell, folder, args.results)
-                    done()
+                    done(lock)
                 else:
-                    done(problem(folder, job.poll()))
+                    done(lock, problem(folder, job.poll()))
             time.sleep(0.2)
     finally:
         for job in running:
@@ -380,37 +430,45 @@ def confirm(todo: list[Cell], args: Args) -> int:
     """Measures one cell of each group of changed ones in a folder apart. Returns how many failed or differ.
 
     Same seed, same bits: where its evaluation and every episode are the recorded ones, the change made no difference,
-    and the rows of the group that the same code had measured get today's code_sha256.
+    and the rows of the group that the same code had measured get today's code_sha256 and versions.
     """
     runs = read_runs(args.results)
     changed = changed_cells(todo, runs)
     firsts = first_of_each_group(changed)
+    if not firsts:
+        print("nothing has changed", file=sys.stderr)
+        return 0
     apart = args.work / "confirm"
     failed = run(list(firsts.values()), replace(args, work=apart, results=apart / "results", rerun_changed=True))
     again, names = read_runs(apart / "results"), ["eval_mean", "eval_std", "eval_episodes"]
     for key, cell in firsts.items():
-        if astuple(cell) not in again.index:
-            continue
+        if astuple(cell) not in again.index or again.code_sha256[astuple(cell)] != present_code(cell):
+            continue  # it failed: what is there is of an older confirmation
         one, other = (
             pd.read_csv(results / "episodes" / f"{cell.name}.csv.gz")[["r", "l"]]
             for results in (args.results, apart / "results")
         )
-        old = runs.loc[astuple(cell)]
-        if not (one.equals(other) and list(old[names]) == list(again.loc[astuple(cell), names])):
+        old, new = runs.loc[astuple(cell)], again.loc[astuple(cell)]
+        if not (one.equals(other) and list(old[names]) == list(new[names])):
             failed += 1
             print(f"{cell.name}: its episodes are others now; --rerun-changed measures them", file=sys.stderr)
             continue
-        for same in changed:
-            if group(same) == key and runs.code_sha256[astuple(same)] == old["code_sha256"]:
-                runs.loc[[astuple(same)], "code_sha256"] = present_code(same)
-                print(f"{same.name}: confirmed", file=sys.stderr)
-    runs.to_csv(args.results / "runs.csv.tmp")
-    os.replace(args.results / "runs.csv.tmp", args.results / "runs.csv")
+        same = [c for c in changed if group(c) == key and runs.code_sha256[astuple(c)] == old["code_sha256"]]
+        same = same if old["code_sha256"] != "unknown" else [cell]
+        with writing(args.results):
+            now = read_runs(args.results)
+            rows = [astuple(c) for c in same if now.code_sha256[astuple(c)] == old["code_sha256"]]
+            now.loc[rows, "code_sha256"] = [present_code(Cell(*row)) for row in rows]
+            now.loc[rows, "versions"] = new["versions"]
+            write_runs(now, args.results)
+        print("\n".join(f"{Cell(*row).name}: confirmed" for row in rows), file=sys.stderr)
     return failed
 
 
 def expected_seconds(cell: Cell, runs: pd.DataFrame) -> float:
     """Of one run: the median of the recorded ones, if need be of other lengths; not a number where there is none."""
+    if runs.empty:
+        return np.nan
     runs = runs.reset_index()
     runs = runs[(runs["impl"] == cell.impl) & (runs["algo"] == cell.algo) & (runs["env_id"] == cell.env_id)]
     same = runs[runs["total_timesteps"] == cell.total_timesteps]
@@ -420,13 +478,14 @@ def expected_seconds(cell: Cell, runs: pd.DataFrame) -> float:
 
 def print_plan(todo: list[Cell], args: Args) -> None:
     """What a run of run.py would do with each cell, and how long that takes."""
-    runs = read_runs(args.results)
-    again = args.rerun_changed or args.confirm_changed
+    runs, recorded, work = read_runs(args.results), read_runs(args.results), args.work
     if args.confirm_changed:
-        todo = list(first_of_each_group(changed_cells(todo, runs)).values())
+        todo, work = list(first_of_each_group(changed_cells(todo, runs)).values()), args.work / "confirm"
+        recorded = read_runs(work / "results")
     minutes = []
     for cell in todo:
-        what, _ = plan(cell, args.work / cell.name, runs, again)
+        what, _ = plan(cell, work / cell.name, recorded, args.rerun_changed or args.confirm_changed)
+        what = "in use" if is_held(lock_of(cell, work)) else what
         if what in ("run", "resume"):
             minutes.append(expected_seconds(cell, runs) / 60)
         time_needed = f"{minutes[-1]:4.0f} min" if what in ("run", "resume") and minutes[-1] >= 0 else ""
@@ -456,10 +515,14 @@ def main() -> None:
     try:
         failed = (confirm if args.confirm_changed else run)(todo, args)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print(
+            "stopped; the same command goes on from here (unfinished runs of SB3's or on Ray begin anew)",
+            file=sys.stderr,
+        )
         sys.exit(130)
     if failed:
-        sys.exit(f"{failed} of {len(todo)} failed; the same command tries them again")
+        again = "" if args.confirm_changed else "; the same command tries them again"
+        sys.exit(f"{failed} failed{' or differ' if args.confirm_changed else f' of {len(todo)}'}{again}")
 
 
 if __name__ == "__main__":

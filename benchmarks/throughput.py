@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 SETTINGS = ("eager", "compile", "sb3", "floor")
+COLUMNS = ("work", "setting", "round", "steps_per_second", "date", "code_sha256", "flags")
 MODEL_BASED_SETTINGS = ("eager", "updates", "sac")
 
 
@@ -292,24 +293,23 @@ def main() -> None:
         sys.exit(f"--only {args.only}: in no work's name; there are {', '.join(WORKS)}")
     if args.rounds < 1:
         sys.exit(f"--rounds {args.rounds}: must be at least 1")
+    path = args.results / "throughput.csv"
+    args.results.mkdir(parents=True, exist_ok=True)
+    others = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
+    others = others[~others["work"].isin(names)]
     rows, today = [], datetime.now(timezone.utc).date().isoformat()
     bar = tqdm(total=args.rounds * sum(len(WORKS[name].settings) for name in names), unit="run")
     for number in range(1, args.rounds + 1):
         for name in names:
             for setting in WORKS[name].settings:
                 bar.set_description(f"{name}, {setting}")
-                speed = round(measure_in_process(name, setting), 1)
                 code = source_sha256(*code_of(WORKS[name], setting))
-                rows.append((name, setting, number, speed, today, code))
+                speed = round(measure_in_process(name, setting), 1)
+                rows.append((name, setting, number, speed, today, code, WORKS[name].flags))
                 bar.update()
+        measurements = pd.concat([others, pd.DataFrame(rows, columns=COLUMNS)])
+        measurements.to_csv(path, index=False)  # a round that has ended is kept, whatever comes
     bar.close()
-    measurements = pd.DataFrame(rows, columns="work setting round steps_per_second date code_sha256".split())
-    path = args.results / "throughput.csv"
-    if path.exists():
-        old = pd.read_csv(path)
-        measurements = pd.concat([old[~old["work"].isin(names)], measurements])
-    args.results.mkdir(parents=True, exist_ok=True)
-    measurements.to_csv(path, index=False)
     print(
         summary(measurements).round({"steps/s": 0} | dict.fromkeys(["min", "median", "max", "of floor"], 2)).to_string()
     )

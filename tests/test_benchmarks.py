@@ -114,7 +114,7 @@ UNUSUAL = {
     "sac": OFF_POLICY
     | dict(num_critics=3, critic_subset=3, policy_delay=1, alpha=0.37, autotune=False, target_entropy=-0.6),
 }
-PIXELS = dict(env_id="ALE/Klax-v5", protocol="nature", clip_rewards=False)
+PIXELS = dict(env_id="ALE/Breakout-v5", protocol="nature", full_action_space=True, clip_rewards=False)
 VECTORS_ALONE = ("env_id", "hidden_sizes", "log_std_init", "normalize_observations", "normalize_rewards", "exploration")
 for algo in ("ppo", "dqn"):
     vectors = {name: value for name, value in UNUSUAL[algo].items() if name not in VECTORS_ALONE}
@@ -383,6 +383,32 @@ def test_evidence_is_of_the_flags_that_a_cell_is_run_with():
     assert run.present_code(replace(cells[0], total_timesteps=14_000)) != ran
 
 
+def test_sb3s_hash_is_of_all_that_a_model_uses(copy):
+    before = {algo: run.source_sha256("sb3", algo) for algo in sb3.MODELS}
+    edit(copy / "benchmarks" / "sb3.py", "theta=0.15", "theta=0.9")
+    edit(copy / "benchmarks" / "sb3.py", "make_pixel_env(args, num_envs: int,", "make_pixel_env(args, num_envs,")
+    changed = {algo for algo in sb3.MODELS if run.source_sha256("sb3", algo) != before[algo]}
+    assert changed == {"ddpg", "td3", "ppo_atari", "dqn_atari"}
+    edit(
+        copy / "benchmarks" / "sb3.py",
+        "tau=args.tau,\n        gamma=args.gamma,\n        train_freq",
+        "tau=1,\n  train_freq",
+    )
+    assert run.source_sha256("sb3", "sac") == before["sac"] != run.source_sha256("sb3", "dqn") != before["dqn"]
+
+
+def test_our_hash_is_of_the_flags_and_the_files_they_name(copy, monkeypatch):
+    cell = next(cell for cell in run.cells_of("imitation") if cell.algo == "bc")
+    hashes = [run.present_code(cell)]
+    expert = copy / cell.flags.split()[1]
+    expert.parent.mkdir(parents=True)
+    for content in (b"one", b"other"):
+        expert.write_bytes(content)
+        hashes.append(run.present_code(cell))
+    monkeypatch.setitem(run.FLAGS, (cell.algo, cell.env_id, cell.total_timesteps), f"{cell.flags} --learning-rate 0.5")
+    assert len({*hashes, run.present_code(cell)}) == 4
+
+
 def test_a_change_that_leaves_every_episode_as_it_was_is_confirmed_by_one_seed(copy, monkeypatch, capsys):
     monkeypatch.setitem(run.SUITES, "tiny", [suites.Entry(["a2c"], ["CartPole-v1"], range(1, 3), 400, ("ours",))])
     args = run.Args("tiny", work=copy / "work", results=copy / "results")
@@ -402,6 +428,10 @@ def test_a_change_that_leaves_every_episode_as_it_was_is_confirmed_by_one_seed(c
     assert {path.name: path.read_bytes() for path in episodes.iterdir()} == files
     assert len(list((copy / "work" / "confirm").glob("ours__*"))) == 1, "one seed is enough"
 
+    edit(copy / "algos" / "a2c.py", "logged_step = run.step + 0\n", "logged_step = run.step - 0\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "run", lambda *_: 1)  # today's code fails; what an older confirmation left is no evidence
+        assert run.confirm(cells, args) == 1 and run.read_runs(args.results).equals(confirmed)
     edit(copy / "algos" / "a2c.py", "gamma: float = 0.99", "gamma: float = 0.5")
     assert run.confirm(cells, args) == 1 and "--rerun-changed" in capsys.readouterr().err
     assert run.read_runs(args.results).equals(confirmed)
@@ -429,10 +459,41 @@ def test_interval_covers_a_difference_as_often_as_it_says():
     assert np.mean((low <= 0) & (0 <= high)) < 0.7
 
 
+def test_what_both_sides_owe_to_the_same_start_states_is_no_difference():
+    """Returns that vary by 100 with the seed and by 1 with the side."""
+    rng = np.random.default_rng(0)
+    start = rng.normal(0, 100, 10)
+    x, y = start + rng.normal(5, 1, 10), start + rng.normal(0, 1, 10)
+    low, high = report.interval(report.iqm_difference, x, y, paired=True)
+    assert 3 < low < high < 7 and report.verdict(x, y) == "ours better"
+    low, high = report.interval(report.iqm_difference, x, y)
+    assert low < -50 and high > 50
+
+
 def test_steps_to_reach_is_the_end_of_the_first_bin_that_does():
     curve = np.linspace(0, 49, report.BINS)
     assert report.steps_to_reach(curve, 9.5, 50_000) == 11_000
     assert report.steps_to_reach(curve, 0, 50_000) == 1_000 and np.isnan(report.steps_to_reach(curve, 50, 50_000))
+
+
+def test_a_row_compares_the_seeds_that_both_sides_have(measured):
+    runs, _ = measured
+    cells = [run.Cell(impl, "a2c", "CartPole-v1", seed, 100_000) for seed in (1, 2, 3, 4) for impl in ("ours", "sb3")]
+    row = report.comparison("a2c", "CartPole-v1", 100_000, runs.drop(index=astuple(cells[0])), cells)
+    assert row["seeds"] == "2/4" and row["ours"].startswith("202.5") and row["SB3"].startswith("302.5")
+    assert row["difference"] == "−100.0 [−100.0, −100.0]" and row["verdict"] == "SB3 better, few seeds"
+    row = report.comparison("a2c", "CartPole-v1", 100_000, runs.drop(index=list(map(astuple, cells[:6:2]))), cells)
+    assert (row["seeds"], row["ours"], row["difference"]) == ("3/4", "—", "—") and row["SB3"].startswith("302.0")
+
+
+def test_the_headline_shows_what_is_slower_too(measured):
+    runs, _ = measured
+    speeds = [("a2c CartPole", setting, i, x) for i in (1, 2) for setting, x in (("eager", 50.0), ("sb3", 100.0))]
+    speeds = pd.DataFrame(speeds, columns=["work", "setting", "round", "steps_per_second"])
+    text = report.headline(runs, speeds.assign(code_sha256="older", flags=""))
+    assert "| [a2c](algos/a2c.py) | 202.0 / 302.0 † | 0.5 × on CartPole † |" in text
+    now = speeds.assign(code_sha256=run.source_sha256("ours", "a2c"), flags=report.WORKS["a2c CartPole"].flags)
+    assert "| 0.5 × on CartPole |" in report.headline(runs, now)
 
 
 # Recording and reporting ------------------------------------------------------------------------------------
@@ -491,7 +552,7 @@ def test_an_algorithm_without_counterpart_stands_beside_sb3s_a2c_and_ppo(measure
     runs, _ = measured
     cells = [run.Cell("ours", "kfac", "CartPole-v1", seed, 100_000) for seed in (1, 2, 3, 4)]
     row = report.comparison("kfac", "CartPole-v1", 100_000, runs, cells)
-    assert row["ours"].startswith("102.0 [") and row["seeds (ours, SB3)"] == "3/4"
+    assert row["ours"].startswith("102.0 [") and row["seeds"] == "3/4"
     assert row["SB3"].startswith("A2C 302.0 [") and "(3); PPO — (0)" in row["SB3"]
     assert (row["difference"], row["verdict"]) == ("—", "—")
 
@@ -580,9 +641,14 @@ def test_labels_are_compared_where_every_seed_is_measured(measured):
     assert cells[-1].env_id == "Hopper-v5" and returns.pop(cells[-1]) == 2000
     index = pd.MultiIndex.from_tuples([astuple(cell) for cell in returns], names=run.KEY)
     rows = pd.DataFrame([runs.iloc[0].to_dict() | {"eval_mean": x} for x in returns.values()], index=index).sort_index()
+    (results / "experts").mkdir()
+    experts = pd.DataFrame({"env_id": suites.EXPERTS.keys(), "eval_mean": 5000.0})
+    experts.to_csv(results / "experts" / "experts.csv", index=False)
+    today = [cell for cell in returns if cell.algo == "bc" and cell.env_id == "Hopper-v5"]
+    rows.loc[list(map(astuple, today)), "code_sha256"] = [run.present_code(cell) for cell in today]
     section = report.imitation(cells, rows, results)
-    assert "| HalfCheetah-v5 | 1000 | 1000 [1000, 1000] | 2000 [2000, 2000] |" in section
-    assert "| Hopper-v5 | 500 | 500.0 [500.0, 500.0] | 1000 [1000, 1000] |" in section
+    assert "| HalfCheetah-v5 | 1000 | 1000 [1000, 1000] † | 2000 [2000, 2000] † |" in section
+    assert "| Hopper-v5 | 500 | 500.0 [500.0, 500.0] | 1000 [1000, 1000] † |" in section
     assert "| Hopper-v5 | 1000 |" not in section and section.count("| 5000 |") == 7
     assert report.imitation(cells, rows.loc[list(suites.EXPERTS.values())], results) == ""
 

@@ -1,12 +1,15 @@
 """benchmarks/run.py: nothing measured twice and nothing lost, on this machine and on a Ray cluster."""
 
 import glob
+import os
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import launchers
 import pandas as pd
@@ -23,6 +26,66 @@ def tiny(monkeypatch, tmp_path):
     entry = suites.Entry(["a2c"], ["CartPole-v1"], range(1, 4), 3000, implementations=("ours",))
     monkeypatch.setitem(run.SUITES, "tiny", [entry])
     return run.Args("tiny", work=tmp_path / "work", results=tmp_path / "results", workers=2)
+
+
+def test_a_cell_that_another_run_py_is_at_is_left_alone(tiny, capsys):
+    cells = run.cells_of("tiny")
+    with run.lock_of(cells[0], tiny.work):
+        assert run.run(cells[:1], tiny) == 1
+        assert "another run.py is at it" in capsys.readouterr().err
+        run.print_plan(cells[:2], tiny)
+    assert not (tiny.work / cells[0].name).exists()
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["in", "run"]
+
+
+def test_a_run_that_fails_is_counted_and_its_last_line_shown(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(run.Cell, "flags", property(lambda cell: "--num-envs 0"))
+    assert run.run(run.cells_of("tiny")[:1], tiny) == 1
+    assert "--num-envs 0 must be at least 1" in capsys.readouterr().err and run.read_runs(tiny.results).empty
+
+
+def test_processes_that_record_at_once_lose_no_row(tiny):
+    """Twelve runs that have finished, by six threads."""
+    cells = [run.Cell("ours", "a2c", "CartPole-v1", seed, 3000) for seed in range(12)]
+    for cell in cells:
+        folder = tiny.work / cell.name
+        (folder / "run").mkdir(parents=True)
+        (folder / "stdout.txt").write_text(
+            f"evaluation: {cell.seed}.00 ± 1.00 over 10 episodes\nrun directory: x/run\n"
+        )
+        (folder / "run" / "monitor.csv").write_text("#{}\nr,l,t\n10.0,10,0.5\n")
+        (folder / "run" / "args.json").write_text('{"args": {}, "versions": {"torch": "2"}}')
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda cell: run.record(cell, tiny.work / cell.name, tiny.results), cells))
+    assert run.read_runs(tiny.results)["eval_mean"].tolist() == list(range(12))
+
+
+def test_the_plan_says_how_long_it_takes(tiny, capsys):
+    """As recorded for the same number of steps, or else in proportion to them."""
+    tiny.results.mkdir()
+    rows = [("ours", "a2c", "CartPole-v1", 1, 3000, 120.0), ("ours", "a2c", "CartPole-v1", 9, 6000, 9000.0)]
+    rows = pd.DataFrame(rows, columns=[*run.KEY, "seconds"]).assign(code_sha256="older")
+    rows.to_csv(tiny.results / "runs.csv", index=False)
+    run.print_plan(run.cells_of("tiny"), tiny)
+    out, err = capsys.readouterr()
+    assert [line.split()[:3] for line in out.splitlines()] == [
+        ["skip", "python", "algos/a2c.py"],
+        *[["run", "2", "min"]] * 2,
+    ]
+    assert "2 runs of 0.1 hours" in err
+    other = run.Cell("ours", "a2c", "CartPole-v1", 1, 2000)
+    assert run.expected_seconds(other, run.read_runs(tiny.results)) == pytest.approx(2000 * (120 / 3000 + 1.5) / 2)
+
+
+def test_what_says_that_a_run_has_finished_arrives_last(tmp_path, monkeypatch):
+    files = {"stdout.txt": b"evaluation", "x/monitor.csv": b"r", "meta": b"m"}
+    fake = SimpleNamespace(wait=lambda *_, **__: ([1], []), get=lambda _: (3, files))
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    arrived, rename = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: arrived.append(b.name) or rename(a, b))
+    job = launchers.RayJob(None, tmp_path)
+    assert job.poll() == job.poll() == 3 and arrived == ["monitor.csv", "meta", "stdout.txt"]
+    assert (tmp_path / "x" / "monitor.csv").read_bytes() == b"r"
 
 
 def measured(results: Path) -> tuple[dict, dict]:
