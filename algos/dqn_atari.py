@@ -163,7 +163,7 @@ class PixelQNetwork(nn.Module):
 
     def q_values(self, obs: Tensor) -> Tensor:
         """Q(s, ·), shape (B, A)."""
-        return self.network(obs.to(torch.float32, memory_format=torch.channels_last) / 255)
+        return self.network(obs.to(torch.float32, memory_format=torch.channels_last).div_(255))
 
     def to_env(self, actions: Tensor) -> Tensor:
         """Indices moved to the space's start."""

@@ -163,7 +163,7 @@ class PixelActorCritic(nn.Module):
 
     def encode(self, obs: Tensor) -> Tensor:
         """Images (B, C, H, W) from 0 to 255 → from 0 to 1, channels last."""
-        return obs.to(torch.float32, memory_format=torch.channels_last) / 255
+        return obs.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
     def logits_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """(B, A) and (B,)."""
@@ -354,6 +354,7 @@ def train(args: Args) -> dict:
 
         # Update: several epochs of shuffled minibatches.
         batch = [x.flatten(0, 1) for x in (observations, actions, log_probs, values, advantages, returns)]
+        batch[0] = batch[0].contiguous(memory_format=torch.channels_last)  # once, not in every minibatch
         metrics = []
         for minibatch in shuffled_minibatches(batch, args.update_epochs, args.num_minibatches):
             minibatch_metrics, kl_passed = update(agent, optimizer, PixelBatch(*minibatch), clip, args)
