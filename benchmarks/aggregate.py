@@ -25,7 +25,7 @@ REFERENCES = {
 SIDES = {"ours": "ours", "sb3": "Stable-Baselines3"}
 THRESHOLDS = np.linspace(0, 1.05, 106)
 """of the profile"""
-RESAMPLES = 1000
+RESAMPLES, BATCH = 1000, 50
 
 Strata = list[np.ndarray]
 """Per pair of algorithm and environment an array whose first dimension are its runs."""
@@ -48,10 +48,14 @@ def course(scores: np.ndarray) -> np.ndarray:
 
 
 def stratified(statistic: Callable[[np.ndarray], np.ndarray], strata: Strata) -> np.ndarray:
-    """statistic(all runs pooled), then the ends of its 95 % bootstrap interval, stacked (3, …)."""
-    rng = np.random.default_rng(0)
-    draws = [[rng.integers(len(x), size=len(x)) for x in strata] for _ in range(RESAMPLES)]
-    resampled = [statistic(np.concatenate([x[rows] for x, rows in zip(strata, draw)])) for draw in draws]
+    """statistic(all runs pooled), then the ends of its 95 % bootstrap interval, stacked (3, …).
+
+    The statistic takes resamples (…, runs) or (…, runs, BINS) at once.
+    """
+    rng, resampled = np.random.default_rng(0), []
+    for _ in range(RESAMPLES // BATCH):
+        draws = [x[rng.integers(len(x), size=(BATCH, len(x)))] for x in strata]
+        resampled.extend(statistic(np.concatenate(draws, axis=1)))
     return np.stack([statistic(np.concatenate(strata)), *np.percentile(resampled, [2.5, 97.5], axis=0)])
 
 

@@ -426,9 +426,10 @@ def plot_suite(groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: 
             curves = curves_of(impl, name, env_id, steps, runs, results)
             if not curves.size:
                 continue
-            low, high = interval(iqm, curves)
-            (lines[label],) = ax.plot(x, iqm(curves), linewidth=1.8, **STYLES[label])
-            ax.fill_between(x, low, high, color=STYLES[label]["color"], alpha=0.2, linewidth=0)
+            begun = ~np.isnan(curves).any(1)  # an episode has ended in every seed's run
+            low, high = interval(iqm, curves[begun])
+            (lines[label],) = ax.plot(x[begun], iqm(curves[begun]), linewidth=1.8, **STYLES[label])
+            ax.fill_between(x[begun], low, high, color=STYLES[label]["color"], alpha=0.2, linewidth=0)
         ax.set_title(f"{algo}  {env_id}", fontsize=11)
         ax.set_xlim(0, steps)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))

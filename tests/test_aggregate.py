@@ -22,11 +22,15 @@ def test_a_profile_is_the_share_of_runs_above_every_threshold():
     assert (at[0.0], at[0.1], at[0.11], at[0.5], at[0.51], at[1.05]) == (1, 1, 0.75, 0.75, 0.25, 0.25)
 
 
+def mean_of_runs(scores):
+    return scores.mean(-1)
+
+
 def test_seeds_are_resampled_within_each_pair_of_algorithm_and_environment():
     """Two pairs whose seeds agree leave nothing to resample, however far apart they are."""
     apart = [np.zeros(4), np.ones(12)]
-    np.testing.assert_allclose(aggregate.stratified(np.mean, apart), 0.75)
-    mean, low, high = aggregate.stratified(np.mean, [np.arange(10.0), np.full(10, 100.0)])
+    np.testing.assert_allclose(aggregate.stratified(mean_of_runs, apart), 0.75)
+    mean, low, high = aggregate.stratified(mean_of_runs, [np.arange(10.0), np.full(10, 100.0)])
     deviation = np.arange(10).std() / 10**0.5 / 2
     assert mean == 52.25 and low == pytest.approx(mean - 1.96 * deviation, abs=0.15)
     assert high == pytest.approx(mean + 1.96 * deviation, abs=0.15)
