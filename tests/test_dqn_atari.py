@@ -338,6 +338,8 @@ def test_a_time_limit_is_bootstrapped_and_a_termination_is_not(env_id, batch_siz
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_learns_to_catch_from_pixels(seed):
-    flags = f"--env-id Catch-v0 --seed {seed} --total-timesteps 20000 --learning-starts 1000 --buffer-size 20000"
-    flags += " --exploration-fraction 0.5 --target-frequency 200 --learning-rate 5e-4 --gradient-steps 1"
+    flags = f"--env-id Catch-v0 --seed {seed} --total-timesteps 15000 --learning-starts 1000 --buffer-size 20000"
+    flags += (
+        " --exploration-fraction 0.5 --target-frequency 200 --learning-rate 5e-4 --gradient-steps 1 --torch-threads 1"
+    )
     assert dqn_atari.train(parse(f"{flags} --eval-episodes 100"))["returns"].mean() >= 0.9

@@ -318,5 +318,5 @@ def test_a_time_limit_is_bootstrapped_and_a_termination_is_not(env_id, num_steps
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_learns_to_catch_from_pixels(seed):
-    flags = f"--env-id Catch-v0 --seed {seed} --total-timesteps 30000 --learning-rate 1e-3 --eval-episodes 100"
-    assert ppo_atari.train(parse(flags))["returns"].mean() >= 0.9
+    flags = f"--env-id Catch-v0 --seed {seed} --total-timesteps 30000 --learning-rate 1e-3 --torch-threads 1"
+    assert ppo_atari.train(parse(f"{flags} --eval-episodes 100"))["returns"].mean() >= 0.9
