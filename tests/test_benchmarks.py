@@ -389,12 +389,12 @@ def test_sb3s_hash_is_of_all_that_a_model_uses(copy):
     edit(copy / "benchmarks" / "sb3.py", "make_pixel_env(args, num_envs: int,", "make_pixel_env(args, num_envs,")
     changed = {algo for algo in sb3.MODELS if run.source_sha256("sb3", algo) != before[algo]}
     assert changed == {"ddpg", "td3", "ppo_atari", "dqn_atari"}
-    edit(
-        copy / "benchmarks" / "sb3.py",
-        "tau=args.tau,\n        gamma=args.gamma,\n        train_freq",
-        "tau=1,\n  train_freq",
-    )
-    assert run.source_sha256("sb3", "sac") == before["sac"] != run.source_sha256("sb3", "dqn") != before["dqn"]
+    pixels = {algo: run.source_sha256("sb3", algo) for algo in ("ppo_atari", "dqn_atari")}
+    edit(copy / "benchmarks" / "sb3.py", 'loss="huber"', 'loss="squared"')
+    assert run.source_sha256("sb3", "sac") == before["sac"] and run.source_sha256("sb3", "dqn") != before["dqn"]
+    edit(copy / "benchmarks" / "sb3.py", "env = VecMonitor(env", "env = VecMonitor(env or env")
+    assert run.source_sha256("sb3", "sac") != before["sac"]
+    assert pixels == {algo: run.source_sha256("sb3", algo) for algo in pixels}, "they have environments of their own"
 
 
 def test_our_hash_is_of_the_flags_and_the_files_they_name(copy, monkeypatch):
@@ -523,6 +523,19 @@ def test_a_finished_run_is_recorded_once_and_not_measured_again(tmp_path):
     run.record(cell, folder, results)
     runs = pd.read_csv(results / "runs.csv")
     assert runs.eval_mean[0] == 12.5 and np.isnan(runs.seconds[0]) and np.isnan(runs.steps_per_second[0])
+
+
+def test_a_run_goes_on_with_the_code_that_began_it_or_begins_anew(tmp_path):
+    cell = run.Cell("ours", "ppo", "CartPole-v1", 3, 100_000)
+    run_dir = tmp_path / "somerun"
+    run_dir.mkdir()
+    (run_dir / "checkpoint.pt").touch()
+    (run_dir / "args.json").write_text(json.dumps({"args": run.script_args("ppo", "CartPole-v1"), "versions": {}}))
+    (tmp_path / "meta.json").write_text(json.dumps(run.about_now(cell)))
+    runs = run.read_runs(tmp_path)
+    assert run.plan(cell, tmp_path, runs, False) == ("resume", run_dir)
+    (tmp_path / "meta.json").write_text(json.dumps(run.about_now(cell) | {"source_sha256": "older"}))
+    assert run.plan(cell, tmp_path, runs, False) == ("run", None)
 
 
 @pytest.fixture
