@@ -102,6 +102,10 @@ REMARKS = {
         "Ends level with PPO on CartPole and Acrobot without any critic, but takes longer. On Pendulum it has hardly "
         "begun to learn: one advantage for all 200 actions of an episode says little about any of them."
     ),
+    ("model-based", "mbpo"): (
+        "Runs forward where SAC, from the same number of steps, has hardly begun to learn; each of its steps takes many "
+        "times the computing time."
+    ),
 }
 """What to say of an algorithm in a suite that SB3 has no counterpart of; beside the figures, so without any."""
 
