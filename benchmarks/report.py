@@ -103,8 +103,8 @@ REMARKS = {
         "begun to learn: one advantage for all 200 actions of an episode says little about any of them."
     ),
     ("model-based", "mbpo"): (
-        "Runs forward where SAC, from the same number of steps, has hardly begun to learn; each of its steps takes many "
-        "times the computing time."
+        "Runs forward where SAC, from the same number of steps, has hardly begun to learn; each of its steps takes "
+        "many times the computing time."
     ),
 }
 """What to say of an algorithm in a suite that SB3 has no counterpart of; beside the figures, so without any."""
@@ -128,7 +128,7 @@ episodes.
 - With the same seed both sides are evaluated from the same 10 start states, so what compares them resamples their
   seeds together. Neighbouring seeds have 9 of them in common: where start states decide much of the return, as on
   Pendulum, the seeds of one side are alike, and its own interval is narrower than that of seeds further apart.
-- **verdict**: whether the interval of the difference reaches 0; "few seeds" where that is no test.
+- **verdict**: whether the interval of the difference reaches 0; from 3 or 4 seeds, "few seeds", that is no test.
 - DQN is Double DQN here, the script's default, and plain DQN in SB3, which has no other.
 - An algorithm that SB3 does not have stands beside SB3's A2C and PPO (MBPO: SAC) after the same number of steps, each
   with the settings recommended for it here. Recommended settings for more steps than a suite's are run for the
@@ -303,8 +303,8 @@ class Args:
 def verdict(x: np.ndarray, y: np.ndarray) -> str:
     """Of the difference's interval: does it reach 0, and if not, which side is better."""
     low, high = interval(iqm_difference, x, y, paired=True)
-    if np.isnan(low):
-        return "—"
+    if len(x) < 3:
+        return "too few seeds"
     few = ", few seeds" if len(x) < 5 else ""
     return ("interval reaches 0" if low <= 0 <= high else "ours better" if low > 0 else "SB3 better") + few
 
