@@ -486,10 +486,11 @@ def headline(runs: pd.DataFrame, measurements: pd.DataFrame) -> str:
         x, y = (iqm(side["eval_mean"].to_numpy()) for side in used)
         row[env_id] = " / ".join(number(value, min(1, digits_of(x, y))) for value in (x, y)) + dagger(pd.concat(used))
         works = [work for work in speeds.index if work.startswith(f"{algo} ")]
-        row["training steps per second"] = "; ".join(
+        speed = "; ".join(
             f"{number(speeds[work], 1)} × on {work.removeprefix(algo).strip()}{speed_dagger(measurements, work)}"
             for work in works
         )
+        row["training steps per second"] = speed or "–"
     return HEADLINE.format(table=markdown(list(rows.values())), suite=HEADLINE_SUITES[0])
 
 
