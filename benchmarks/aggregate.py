@@ -2,11 +2,14 @@
 
 Returns are normalised per environment, 0 a random policy's and 1 the reference's of REFERENCES, and pooled over all
 pairs of algorithm and environment; an interval resamples the seeds within each pair.
+
+    python benchmarks/aggregate.py                        # measures the random policy's returns of REFERENCES
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 from estimates import BINS, STYLES, binned, iqm, of_seeds, runs_of, save
@@ -21,7 +24,9 @@ REFERENCES = {
     "Hopper-v5": (18.5, 3618.4),
     "Walker2d-v5": (2.1, 4933.1),
 }
-"""(mean return of random actions, over 20 episodes at least; best of RL Baselines3 Zoo with one of our algorithms)"""
+"""(random_return, best of RL Baselines3 Zoo with one of our algorithms)"""
+EPISODES = {"CartPole-v1": 1000, "Acrobot-v1": 200, "HalfCheetah-v5": 20}
+"""of random actions; 300 elsewhere"""
 SIDES = {"ours": "ours", "sb3": "Stable-Baselines3"}
 THRESHOLDS = np.linspace(0, 1.05, 106)
 """of the profile"""
@@ -29,6 +34,19 @@ RESAMPLES, BATCH = 1000, 50
 
 Strata = list[np.ndarray]
 """Per pair of algorithm and environment an array whose first dimension are its runs."""
+
+
+def random_return(env_id: str) -> float:
+    """Mean return of random actions over EPISODES; the same at every call."""
+    env, total = gym.make(env_id), 0.0
+    env.action_space.seed(0)
+    for seed in range(EPISODES.get(env_id, 300)):
+        env.reset(seed=seed)
+        ended = False
+        while not ended:
+            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            total, ended = total + reward, terminated or truncated
+    return total / (seed + 1)
 
 
 def normalised(returns, env_id: str):
@@ -115,3 +133,8 @@ def plot_aggregate(strata: dict[str, dict[str, Strata]], path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     save(figure, path)
+
+
+if __name__ == "__main__":
+    for env_id, (random, _) in REFERENCES.items():
+        print(f"{env_id}: {random_return(env_id):.1f}, in REFERENCES {random}", flush=True)

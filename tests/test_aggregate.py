@@ -16,6 +16,11 @@ def test_returns_are_normalised_by_random_actions_and_the_reference():
     )
 
 
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Hopper-v5"])
+def test_the_random_policys_return_is_measured(env_id):
+    assert aggregate.REFERENCES[env_id][0] == round(aggregate.random_return(env_id), 1)
+
+
 def test_a_profile_is_the_share_of_runs_above_every_threshold():
     shares = aggregate.profile(np.array([0.1049, 0.5049, 0.5049, 2.0]))
     at = dict(zip(aggregate.THRESHOLDS.round(2), shares))

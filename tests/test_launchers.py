@@ -110,9 +110,9 @@ def processes(*words: str) -> list[int]:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_twice_measures_nothing_twice_and_loses_nothing(tmp_path):
-    def start(folder: str, *flags: str) -> subprocess.Popen:
+    def start(folder: str) -> subprocess.Popen:
         paths = ["--work", tmp_path / folder / "work", "--results", tmp_path / folder / "results"]
-        return subprocess.Popen([sys.executable, ROOT / "benchmarks" / "run.py", "smoke", *paths, *flags])
+        return subprocess.Popen([sys.executable, ROOT / "benchmarks" / "run.py", "smoke", *paths])
 
     results, work = tmp_path / "killed" / "results", tmp_path / "killed" / "work"
     recorded = {}
