@@ -188,8 +188,8 @@ AGGREGATE = """
 The {pairs} pairs of algorithm and environment, and their seeds, that both sides have measured. Returns are normalised
 per environment, 0 a random policy's and 1 the Zoo's best among these algorithms ([aggregate.py](aggregate.py)), so that
 they can be pooled. IQM over all runs [95 % interval, 1000 resamples of the seeds within each pair], as the bands. Left:
-the share of runs whose evaluation is above τ. Middle and right: training return; time in units of SB3's median for the pair, from runs that shared their
-machine with other work, so for orientation: the table on throughput compares speed.
+the share of runs whose evaluation is above τ. Middle and right: training return; time in units of SB3's median for the
+pair, from runs that shared their machine with other work, so for orientation: the table on throughput compares speed.
 """
 
 HEADLINE = """\

@@ -132,7 +132,7 @@ def test_a_run_that_is_killed_twice_measures_nothing_twice_and_loses_nothing(tmp
     assert start("killed").wait() == 0 and start("whole").wait() == 0
     assert recorded.items() <= dict.fromkeys((results / "runs.csv").read_text().splitlines()).items()
     assert len(run.read_runs(results)) == 4 and measured(results) == measured(tmp_path / "whole" / "results")
-    assert all(len(list(folder.glob("*/args.json"))) == 1 for folder in work.iterdir()), "resumed where it was"
+    assert all(len(list(folder.glob("*/args.json"))) == 1 for folder in work.glob("*__*")), "resumed where it was"
 
 
 def test_where_no_cluster_is_one_line_says_so(monkeypatch):
