@@ -40,7 +40,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -334,8 +334,39 @@ def a2c_loss(agent: ActorCritic, states, actions, advantages, returns, args: Arg
     return loss, torch.stack([policy_loss, value_loss, entropy]).detach()
 
 
-def a2c_update(agent: ActorCritic, optimizer: torch.optim.Optimizer, rollout: Rollout, args: Args) -> Tensor:
-    """Advantages and returns of a rollout, and one gradient step on all of it. Returns METRICS before it, (5,)."""
+def parameter_vector(module: nn.Module) -> nn.Parameter:
+    """All parameters of `module` as one vector (P,), of which they become views.
+
+    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
+    another device, it has to go before.
+    """
+    parameters = list(module.parameters())
+    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(vector.data, parameters)
+    return vector
+
+
+def make_optimizer(vector: nn.Parameter, args: Args) -> torch.optim.Optimizer:
+    """RMSprop or Adam."""
+    if args.optimizer == "adam":
+        return torch.optim.Adam([vector], args.learning_rate, eps=1e-5, fused=True)
+    return torch.optim.RMSprop([vector], args.learning_rate, alpha=0.99, eps=1e-5)
+
+
+def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
+    """∇loss with respect to all parameters of `module` as one vector (P,), its mean over the processes."""
+    gradients = torch.autograd.grad(loss, list(module.parameters()))
+    return average(torch.cat([x.flatten() for x in gradients]))
+
+
+def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
+    """One step of an optimiser of one vector (P,) along a gradient."""
+    optimizer.param_groups[0]["params"][0].grad = gradient
+    optimizer.step()
+
+
+def a2c_gradient(agent: ActorCritic, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor]:
+    """∇L(θ) on a whole rollout, of norm --max-grad-norm at most, and METRICS (5,)."""
     states, next_states, actions, rewards, terminated, truncated = rollout
     with torch.no_grad():
         values, next_values = agent.value(torch.stack([states, next_states]))
@@ -343,22 +374,15 @@ def a2c_update(agent: ActorCritic, optimizer: torch.optim.Optimizer, rollout: Ro
         returns = advantages + values
     loss, metrics = a2c_loss(agent, *(x.flatten(0, 1) for x in (states, actions, advantages, returns)), args)
     metrics = torch.cat([metrics, torch.stack([values.mean(), explained_variance(values, returns)])])
-    parameters = list(agent.parameters())
-    gradients = torch.autograd.grad(loss, parameters)
-    if dist.is_initialized():
-        metrics, gradients = average(metrics), average_all(gradients)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
-    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-    optimizer.step()
+    gradient = gradient_vector(loss, agent)
+    return gradient * (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1), metrics
+
+
+def a2c_update(agent: ActorCritic, optimizer, rollout: Rollout, args: Args, gradient_of=a2c_gradient) -> Tensor:
+    """One step of the optimiser on a rollout. Returns METRICS before it, (5,)."""
+    gradient, metrics = gradient_of(agent, rollout, args)
+    vector_step(optimizer, gradient)
     return metrics
-
-
-def make_optimizer(parameters: Iterator[nn.Parameter], lr: Tensor, args: Args) -> torch.optim.Optimizer:
-    """RMSprop or Adam; its learning rate is a tensor, so that a compiled update sees it change."""
-    if args.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr, eps=1e-5, fused=not args.compile, capturable=args.compile)
-    return torch.optim.RMSprop(parameters, lr, alpha=0.99, eps=1e-5, foreach=True, capturable=args.compile)
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -372,12 +396,9 @@ def train(args: Args) -> dict:
     rank, world_size, device = set_up(args)
     spaces = check_spaces(args, (Discrete, Box))
     agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
-    lr = torch.tensor(args.learning_rate, device=device)
-    optimizer = make_optimizer(agent.parameters(), lr, args)
-    update = compiled(a2c_update, device) if args.compile else a2c_update
+    optimizer = make_optimizer(parameter_vector(agent), args)
+    gradient_of = compiled(a2c_gradient, device) if args.compile else a2c_gradient
     run = Run(args, rank, {"agent": agent, "optimizer": optimizer})
-    lr = lr.copy_(optimizer.param_groups[0]["lr"])  # a checkpoint brought its own
-    optimizer.param_groups[0]["lr"] = lr
     envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
 
     actor = without_modules(agent.actor)
@@ -390,8 +411,8 @@ def train(args: Args) -> dict:
     metrics = []
     logged_step = run.step
     while run.step < args.total_timesteps and not run.interrupted():
-        if args.anneal_lr:
-            lr.fill_(args.learning_rate * (1 - run.step / args.total_timesteps))
+        remaining = 1 - run.step / args.total_timesteps
+        lr = optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
 
         # Collect T steps from every environment with the policy as it stands.
         rollout = []
@@ -417,14 +438,15 @@ def train(args: Args) -> dict:
             rewards = agent.return_statistics.scale(rewards)
         states, next_states = agent.encode(observations), agent.encode(next_observations)
         rollout = Rollout(states, next_states, actions, rewards, terminated, truncated)
-        metrics.append(update(agent, optimizer, rollout, args).clone())  # CUDA graphs reuse the memory of their outputs
+        rollout_metrics = a2c_update(agent, optimizer, rollout, args, gradient_of)
+        metrics.append(rollout_metrics.clone())  # CUDA graphs reuse the memory of their outputs
         if agent.observation_statistics is not None:
             agent.observation_statistics.update(observations.flatten(0, 1))
 
         # Log.
         if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
-            losses = torch.stack(metrics).mean(0).tolist()
-            run.log(dict(zip(METRICS, losses)), learning_rate=lr.item())
+            losses = average(torch.stack(metrics).mean(0)).tolist()
+            run.log(dict(zip(METRICS, losses)), learning_rate=lr)
             metrics, logged_step = [], run.step
         if run.step - run.saved_step >= args.checkpoint_every:
             run.checkpoint()
@@ -494,12 +516,6 @@ def average(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
-
-
-def average_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of each over the processes of torchrun, in one message."""
-    flat = average(torch.cat([x.flatten() for x in tensors]))
-    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:

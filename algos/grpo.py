@@ -318,10 +318,40 @@ def grpo_loss(policy: Policy, batch: GRPOBatch, args: Args) -> tuple[Tensor, Ten
     return loss, torch.stack([policy_loss, entropy, approximate_kl(log_ratio), reference_kl, clipfrac]).detach()
 
 
-def grpo_update(policy: Policy, optimizer: torch.optim.Optimizer, batch: GRPOBatch, args: Args) -> Tensor:
-    """One gradient step on a minibatch. Returns METRICS before it."""
+def parameter_vector(module: nn.Module) -> nn.Parameter:
+    """All parameters of `module` as one vector (P,), of which they become views.
+
+    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
+    another device, it has to go before.
+    """
+    parameters = list(module.parameters())
+    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(vector.data, parameters)
+    return vector
+
+
+def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
+    """∇loss with respect to all parameters of `module` as one vector (P,), its mean over the processes."""
+    gradients = torch.autograd.grad(loss, list(module.parameters()))
+    return average(torch.cat([x.flatten() for x in gradients]))
+
+
+def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
+    """One step of an optimiser of one vector (P,) along a gradient."""
+    optimizer.param_groups[0]["params"][0].grad = gradient
+    optimizer.step()
+
+
+def grpo_gradient(policy: Policy, batch: GRPOBatch, args: Args) -> tuple[Tensor, Tensor]:
+    """∇L(θ) on a minibatch, and METRICS."""
     loss, metrics = grpo_loss(policy, batch, args)
-    gradient_step(policy, optimizer, loss)
+    return gradient_vector(loss, policy), metrics
+
+
+def grpo_update(policy: Policy, optimizer, batch: GRPOBatch, args: Args, gradient_of=grpo_gradient) -> Tensor:
+    """One step of the optimiser of `parameter_vector(policy)` on a minibatch. Returns METRICS before it."""
+    gradient, metrics = gradient_of(policy, batch, args)
+    vector_step(optimizer, gradient)
     return metrics
 
 
@@ -383,17 +413,6 @@ def play_episodes(policy: Policy, envs: gym.vector.VectorEnv, seeds: list[int]) 
     return Episodes(observations, actions, rewards, running, final_obs, truncated), ends
 
 
-def gradient_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of the optimiser, on the gradient's mean over the processes."""
-    parameters = list(module.parameters())
-    gradients = torch.autograd.grad(loss, parameters)
-    if dist.is_initialized():
-        gradients = average_all(gradients)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
-    optimizer.step()
-
-
 def check_same_start(args: Args) -> None:
     """Refuses an environment that one reset seed does not always start in the same way."""
     env = make_env(args)
@@ -426,20 +445,17 @@ def train(args: Args) -> dict:
     check_same_start(args)
     policy = Policy(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
     reference = copy.deepcopy(policy)
-    lr = torch.tensor(args.learning_rate, device=device)
-    optimizer = torch.optim.Adam(policy.parameters(), lr, eps=1e-5, fused=not args.compile, capturable=args.compile)
-    update = compiled(grpo_update, device) if args.compile else grpo_update
+    optimizer = torch.optim.Adam([parameter_vector(policy)], args.learning_rate, eps=1e-5, fused=True)
+    gradient_of = compiled(grpo_gradient, device) if args.compile else grpo_gradient
     counter = nn.Module()
     counter.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
     modules = {"policy": policy, "optimizer": optimizer, "reference": reference, "counter": counter}
     run = Run(args, rank, modules)
-    lr = lr.copy_(optimizer.param_groups[0]["lr"])  # a checkpoint brought its own
-    optimizer.param_groups[0]["lr"] = lr
     envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
 
     while run.step < args.total_timesteps and not run.interrupted():
-        if args.anneal_lr:
-            lr.fill_(args.learning_rate * (1 - run.step / args.total_timesteps))
+        remaining = 1 - run.step / args.total_timesteps
+        lr = optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         if counter.iteration % args.reference_every == 0:
             reference.load_state_dict(policy.state_dict())
         counter.iteration += 1
@@ -467,7 +483,8 @@ def train(args: Args) -> dict:
         metrics = []
         batch = GRPOBatch(states, actions, log_probs, reference_log_probs, advantages)
         for minibatch in shuffled_parts(batch, args.update_epochs, args.num_minibatches):
-            metrics.append(update(policy, optimizer, GRPOBatch(*minibatch), args).clone())  # CUDA graphs reuse memory
+            minibatch_metrics = grpo_update(policy, optimizer, GRPOBatch(*minibatch), args, gradient_of)
+            metrics.append(minibatch_metrics.clone())  # CUDA graphs reuse the memory of their outputs
         if policy.observation_statistics is not None:
             policy.observation_statistics.update(observations)
             for x in policy.observation_statistics.buffers():
@@ -475,7 +492,7 @@ def train(args: Args) -> dict:
 
         # Log.
         losses = average(torch.cat([torch.stack(metrics).mean(0), returns.mean(0, keepdim=True)])).tolist()
-        run.log(dict(zip((*METRICS, "returns"), losses)), learning_rate=lr.item())
+        run.log(dict(zip((*METRICS, "returns"), losses)), learning_rate=lr)
         if run.step - run.saved_step >= args.checkpoint_every:
             run.checkpoint()
 
@@ -544,12 +561,6 @@ def average(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
-
-
-def average_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of each over the processes of torchrun, in one message."""
-    flat = average(torch.cat([x.flatten() for x in tensors]))
-    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:

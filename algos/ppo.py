@@ -371,19 +371,47 @@ def ppo_loss(agent: ActorCritic, batch: PPOBatch, clip: Tensor | float, args: Ar
     return policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy, metrics
 
 
-def ppo_update(agent, optimizer, batch: PPOBatch, clip: Tensor | float, args: Args) -> tuple[Tensor, bool]:
-    """One gradient step on a minibatch. Returns METRICS before it, and whether the KL passed its target instead."""
+def parameter_vector(module: nn.Module) -> nn.Parameter:
+    """All parameters of `module` as one vector (P,), of which they become views.
+
+    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
+    another device, it has to go before.
+    """
+    parameters = list(module.parameters())
+    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(vector.data, parameters)
+    return vector
+
+
+def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
+    """∇loss with respect to all parameters of `module` as one vector (P,), its mean over the processes."""
+    gradients = torch.autograd.grad(loss, list(module.parameters()))
+    return average(torch.cat([x.flatten() for x in gradients]))
+
+
+def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
+    """One step of an optimiser of one vector (P,) along a gradient."""
+    optimizer.param_groups[0]["params"][0].grad = gradient
+    optimizer.step()
+
+
+def ppo_gradient(agent, batch: PPOBatch, clip: Tensor | float, args: Args) -> tuple[Tensor, Tensor]:
+    """∇L(θ) on a minibatch, of norm --max-grad-norm at most, and METRICS (5,)."""
     loss, metrics = ppo_loss(agent, batch, clip, args)
-    parameters = list(agent.parameters())
-    gradients = torch.autograd.grad(loss, parameters)
-    if dist.is_initialized():
-        metrics, gradients = average(metrics), average_all(gradients)
+    gradient = gradient_vector(loss, agent)
+    return gradient * (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1), metrics
+
+
+def ppo_update(agent, optimizer, batch, clip, args: Args, gradient_of=ppo_gradient) -> tuple[Tensor, bool]:
+    """One step of the optimiser of `parameter_vector(agent)` on a minibatch, unless the KL has passed its target.
+
+    Returns METRICS before it, and whether the KL has.
+    """
+    gradient, metrics = gradient_of(agent, batch, clip, args)
+    metrics = average(metrics)
     if args.target_kl is not None and metrics[3] > 1.5 * args.target_kl:
         return metrics, True
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
-    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-    optimizer.step()
+    vector_step(optimizer, gradient)
     return metrics, False
 
 
@@ -405,12 +433,10 @@ def train(args: Args) -> dict:
         fail(f"--num-minibatches {args.num_minibatches} must divide --num-envs × --num-steps = {batch_size}")
     spaces = check_spaces(args, (Discrete, Box))
     agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
-    lr, clip = (torch.tensor(x, device=device) for x in (args.learning_rate, args.clip_coef))
-    optimizer = torch.optim.Adam(agent.parameters(), lr, eps=1e-5, fused=not args.compile, capturable=args.compile)
-    update = compiled(ppo_update, device) if args.compile else ppo_update
+    clip = torch.tensor(args.clip_coef, device=device)  # not a number, for each of which a compiled gradient is another
+    optimizer = torch.optim.Adam([parameter_vector(agent)], args.learning_rate, eps=1e-5, fused=True)
+    gradient_of = compiled(ppo_gradient, device) if args.compile else ppo_gradient
     run = Run(args, rank, {"agent": agent, "optimizer": optimizer})
-    lr = lr.copy_(optimizer.param_groups[0]["lr"])  # a checkpoint brought its own
-    optimizer.param_groups[0]["lr"] = lr
     envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
 
     actor = without_modules(agent.actor)
@@ -422,7 +448,7 @@ def train(args: Args) -> dict:
     discounted_return = torch.zeros(args.num_envs, device=device)
     while run.step < args.total_timesteps and not run.interrupted():
         remaining = 1 - run.step / args.total_timesteps
-        lr.fill_(args.learning_rate * (remaining if args.anneal_lr else 1))
+        lr = optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         clip.fill_(args.clip_coef * (remaining if args.anneal_clip else 1))
 
         # Collect T steps from every environment with the policy as it stands.
@@ -458,7 +484,7 @@ def train(args: Args) -> dict:
         batch = [x.flatten(0, 1) for x in (states, actions, log_probs, values, advantages, returns)]
         metrics = []
         for minibatch in shuffled_minibatches(batch, args.update_epochs, args.num_minibatches):
-            minibatch_metrics, kl_passed = update(agent, optimizer, PPOBatch(*minibatch), clip, args)
+            minibatch_metrics, kl_passed = ppo_update(agent, optimizer, PPOBatch(*minibatch), clip, args, gradient_of)
             metrics.append(minibatch_metrics.clone())  # CUDA graphs reuse the memory of their outputs
             if kl_passed:
                 break
@@ -469,7 +495,7 @@ def train(args: Args) -> dict:
         losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
         losses["values"] = values.mean().item()
         losses["explained_variance"] = explained_variance(values, returns).item()
-        run.log(losses, learning_rate=lr.item())
+        run.log(losses, learning_rate=lr)
         if run.step - run.saved_step >= args.checkpoint_every:
             run.checkpoint()
 
@@ -538,12 +564,6 @@ def average(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
-
-
-def average_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of each over the processes of torchrun, in one message."""
-    flat = average(torch.cat([x.flatten() for x in tensors]))
-    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:

@@ -50,7 +50,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -356,30 +356,58 @@ def play_episodes(policy: Policy, envs: gym.vector.VectorEnv, seeds: list[int]) 
     return Episodes(observations, actions, rewards, running, final_obs, truncated), ends
 
 
-def gradient_step(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of the optimiser, on the gradient's mean over the processes."""
+def parameter_vector(module: nn.Module) -> nn.Parameter:
+    """All parameters of `module` as one vector (P,), of which they become views.
+
+    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
+    another device, it has to go before.
+    """
     parameters = list(module.parameters())
-    gradients = torch.autograd.grad(loss, parameters)
-    if dist.is_initialized():
-        gradients = average_all(gradients)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
+    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(vector.data, parameters)
+    return vector
+
+
+def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
+    """∇loss with respect to all parameters of `module` as one vector (P,), its mean over the processes."""
+    gradients = torch.autograd.grad(loss, list(module.parameters()))
+    return average(torch.cat([x.flatten() for x in gradients]))
+
+
+def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
+    """One step of an optimiser of one vector (P,) along a gradient."""
+    optimizer.param_groups[0]["params"][0].grad = gradient
     optimizer.step()
 
 
-def policy_update(policy: Policy, optimizer, states, actions, advantages, running, args: Args) -> Tensor:
-    """One step along the policy gradient. Returns the loss and the mean entropy (2,) before it."""
+def policy_gradient(policy: Policy, states, actions, advantages, running, args: Args) -> tuple[Tensor, Tensor]:
+    """−∇J as one vector, and the loss and the mean entropy (2,)."""
     log_probs, entropy = policy.log_prob_and_entropy(states, actions)
     loss = policy_gradient_loss(log_probs, entropy, advantages, running, args.ent_coef)
-    gradient_step(policy, optimizer, loss)
-    return torch.stack([loss, (entropy * running).sum() / running.sum()]).detach()
+    metrics = torch.stack([loss, (entropy * running).sum() / running.sum()]).detach()
+    return gradient_vector(loss, policy), metrics
 
 
-def value_update(critic: nn.Module, optimizer, states: Tensor, returns: Tensor, running: Tensor) -> Tensor:
-    """One step of V towards the returns. Returns the mean squared error before it."""
+def policy_update(
+    policy: Policy, optimizer, states, actions, advantages, running, args: Args, gradient_of=policy_gradient
+) -> Tensor:
+    """One step along the policy gradient. Returns loss and mean entropy (2,) before it."""
+    gradient, metrics = gradient_of(policy, states, actions, advantages, running, args)
+    vector_step(optimizer, gradient)
+    return metrics
+
+
+def value_gradient(critic: nn.Module, states: Tensor, returns: Tensor, running: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of V's mean squared error from the returns as one vector, and that error."""
     loss = ((critic(states).squeeze(-1) - returns).square() * running).sum() / running.sum()
-    gradient_step(critic, optimizer, loss)
-    return loss.detach()
+    return gradient_vector(loss, critic), loss.detach()
+
+
+def value_update(critic: nn.Module, optimizer, states, returns, running, gradient_of=value_gradient) -> Tensor:
+    """One step of V towards the returns. Returns the mean squared error before it."""
+    gradient, loss = gradient_of(critic, states, returns, running)
+    vector_step(optimizer, gradient)
+    return loss
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -393,23 +421,20 @@ def train(args: Args) -> dict:
     spaces = check_spaces(args, (Discrete, Box))
     policy = Policy(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
     critic = mlp([policy.actor[0].in_features, *args.hidden_sizes, 1], output_gain=1.0).to(device)
-    lr = torch.tensor(args.learning_rate, device=device)
     optimizer, value_optimizer = (
-        torch.optim.Adam(module.parameters(), rate, eps=1e-5, fused=not args.compile, capturable=args.compile)
-        for module, rate in ((policy, lr), (critic, args.value_learning_rate))
+        torch.optim.Adam([parameter_vector(module)], lr, eps=1e-5, fused=True)
+        for module, lr in ((policy, args.learning_rate), (critic, args.value_learning_rate))
     )
-    update_policy, update_value = (
-        compiled(function, device) if args.compile else function for function in (policy_update, value_update)
+    policy_gradient_of, value_gradient_of = (
+        compiled(x, device) if args.compile else x for x in (policy_gradient, value_gradient)
     )
     modules = {"policy": policy, "critic": critic, "optimizer": optimizer, "value_optimizer": value_optimizer}
     run = Run(args, rank, modules)
-    lr = lr.copy_(optimizer.param_groups[0]["lr"])  # a checkpoint brought its own
-    optimizer.param_groups[0]["lr"] = lr
     envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
 
     while run.step < args.total_timesteps and not run.interrupted():
-        if args.anneal_lr:
-            lr.fill_(args.learning_rate * (1 - run.step / args.total_timesteps))
+        remaining = 1 - run.step / args.total_timesteps
+        lr = optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
 
         # Play one episode in every environment; everything is (T, N).
         seeds = torch.randint(2**31, (args.num_envs,)).tolist()
@@ -441,11 +466,12 @@ def train(args: Args) -> dict:
             advantages = advantages / (advantages[running].square().mean().sqrt() + 1e-8)
 
         # Update the policy. V is fitted only afterwards: a baseline must not know these returns.
-        metrics = update_policy(policy, optimizer, states, actions, advantages, running, args).clone()
+        batch = states, actions, advantages, running
+        metrics = policy_update(policy, optimizer, *batch, args, policy_gradient_of).clone()  # CUDA graphs reuse memory
         losses = {"policy_loss": metrics[0], "entropy": metrics[1], "returns": to_go[running].mean()}
         if args.baseline == "value":
             for _ in range(args.value_steps):
-                value_loss = update_value(critic, value_optimizer, states, to_go, running)
+                value_loss = value_update(critic, value_optimizer, states, to_go, running, value_gradient_of)
             losses |= {"value_loss": value_loss, "values": values[running].mean()}
             losses["explained_variance"] = explained_variance(values[running], to_go[running])
         if policy.observation_statistics is not None:
@@ -454,7 +480,7 @@ def train(args: Args) -> dict:
                 x.copy_(average(x))  # the processes played different numbers of steps
 
         # Log.
-        run.log(dict(zip(losses, average(torch.stack([*losses.values()])).tolist())), learning_rate=lr.item())
+        run.log(dict(zip(losses, average(torch.stack([*losses.values()])).tolist())), learning_rate=lr)
         if run.step - run.saved_step >= args.checkpoint_every:
             run.checkpoint()
 
@@ -523,12 +549,6 @@ def average(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
-
-
-def average_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of each over the processes of torchrun, in one message."""
-    flat = average(torch.cat([x.flatten() for x in tensors]))
-    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:

@@ -423,7 +423,7 @@ def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
 
 
 def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
-    """One step of a `vector_adam` along a gradient (P,)."""
+    """One step of an optimiser of one vector (P,) along a gradient."""
     optimizer.param_groups[0]["params"][0].grad = gradient
     optimizer.step()
 

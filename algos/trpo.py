@@ -422,17 +422,35 @@ def trpo_update(agent: ActorCritic, states, actions, advantages, args: Args) -> 
     return losses | {"step_fraction": fraction}
 
 
-def critic_update(agent: ActorCritic, optimizer, states: Tensor, returns: Tensor) -> Tensor:
-    """One gradient step on E[(V − R̂)²] of a minibatch; states (B, D), returns (B,). Returns the loss before it."""
-    parameters = list(agent.critic.parameters())
-    loss = F.mse_loss(agent.value(states), returns)
-    gradients = torch.autograd.grad(loss, parameters)
-    if dist.is_initialized():
-        loss, gradients = average(loss.detach()), average_all(gradients)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
+def parameter_vector(module: nn.Module) -> nn.Parameter:
+    """All parameters of `module` as one vector (P,), of which they become views.
+
+    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
+    another device, it has to go before.
+    """
+    parameters = list(module.parameters())
+    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
+    nn.utils.vector_to_parameters(vector.data, parameters)
+    return vector
+
+
+def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
+    """One step of an optimiser of one vector (P,) along a gradient."""
+    optimizer.param_groups[0]["params"][0].grad = gradient
     optimizer.step()
-    return loss.detach()
+
+
+def critic_gradient(agent: ActorCritic, states: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
+    """∇E[(V − R̂)²] on a minibatch, its mean over the processes, and the loss; states (B, D), returns (B,)."""
+    loss = F.mse_loss(agent.value(states), returns)
+    return average(flat_gradient(loss, list(agent.critic.parameters()))), loss.detach()
+
+
+def critic_update(agent: ActorCritic, optimizer, states, returns, gradient_of=critic_gradient) -> Tensor:
+    """One step of the optimiser of `parameter_vector(agent.critic)` on a minibatch. Returns the loss before it."""
+    gradient, loss = gradient_of(agent, states, returns)
+    vector_step(optimizer, gradient)
+    return loss
 
 
 def shuffled_minibatches(batch: Sequence[Tensor], epochs: int, num_minibatches: int) -> Iterator[tuple[Tensor, ...]]:
@@ -458,10 +476,8 @@ def train(args: Args) -> dict:
         fail(f"--line-search-shrink {args.line_search_shrink} must be less than 1")
     spaces = check_spaces(args, (Discrete, Box))
     agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
-    optimizer = torch.optim.Adam(
-        agent.critic.parameters(), args.learning_rate, eps=1e-5, fused=not args.compile, capturable=args.compile
-    )
-    update_critic = compiled(critic_update, device) if args.compile else critic_update
+    optimizer = torch.optim.Adam([parameter_vector(agent.critic)], args.learning_rate, eps=1e-5, fused=True)
+    gradient_of = compiled(critic_gradient, device) if args.compile else critic_gradient
     run = Run(args, rank, {"agent": agent, "optimizer": optimizer})
     envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
 
@@ -505,14 +521,14 @@ def train(args: Args) -> dict:
         batch = [x.flatten(0, 1) for x in (states, actions, advantages, returns)]
         losses = trpo_update(agent, *batch[:3], args)
         value_losses = [
-            update_critic(agent, optimizer, *minibatch).clone()  # CUDA graphs reuse the memory of their outputs
+            critic_update(agent, optimizer, *minibatch, gradient_of).clone()  # CUDA graphs reuse their outputs' memory
             for minibatch in shuffled_minibatches([batch[0], batch[3]], args.critic_epochs, args.num_minibatches)
         ]
         if agent.observation_statistics is not None:
             agent.observation_statistics.update(observations.flatten(0, 1))
 
         # Log.
-        losses["value_loss"] = torch.stack(value_losses).mean().item()
+        losses["value_loss"] = average(torch.stack(value_losses).mean()).item()
         losses["values"] = values.mean().item()
         losses["explained_variance"] = explained_variance(values, returns).item()
         run.log(losses, learning_rate=args.learning_rate)
@@ -584,12 +600,6 @@ def average(x: Tensor) -> Tensor:
     total = x.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
-
-
-def average_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of each over the processes of torchrun, in one message."""
-    flat = average(torch.cat([x.flatten() for x in tensors]))
-    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 
 def compiled(function: Callable, device: torch.device) -> Callable:

@@ -87,12 +87,12 @@ def test_update_parity_with_sb3(env_id, variant, record_property):
     spaces = env.observation_space, env.action_space
     agent = copy_weights(model.policy, a2c.ActorCritic(*spaces, args.hidden_sizes))
     before = {name: p.clone() for name, p in agent.named_parameters()}
-    lr = torch.tensor(args.learning_rate)
-    optimizer = a2c.make_optimizer(agent.parameters(), lr, args)
+    optimizer = a2c.make_optimizer(a2c.parameter_vector(agent), args)
 
     def update(obs, next_obs, actions, rewards, terminated, truncated):
         if args.anneal_lr:
-            lr.fill_(args.learning_rate * (1 - (model.num_timesteps - T * N) / args.total_timesteps))
+            remaining = 1 - (model.num_timesteps - T * N) / args.total_timesteps
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         with torch.no_grad():
             values, next_values = agent.value(torch.stack([obs, next_obs]))
         advantages = a2c.gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)

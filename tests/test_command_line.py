@@ -1041,7 +1041,10 @@ def numbers(*shape):
 def actor_critic(module):
     agent = module.ActorCritic(*spaces, (8,))
     agent.draw_noise = lambda n: torch.zeros(n, 2)
-    return agent, torch.optim.Adam(agent.parameters(), 1e-2)
+    if module is kfac:
+        return agent, None
+    vector = module.parameter_vector(agent.critic if module is trpo else agent)
+    return agent, torch.optim.Adam([vector], 1e-2)
 
 
 def ppo_step(agent, optimizer, part):
@@ -1061,19 +1064,19 @@ def trpo_step(agent, optimizer, part):
     trpo.critic_update(agent, optimizer, states, returns)
 
 
-def kfac_step(agent, optimizer, part):
+def kfac_step(agent, _, part):
     states, actions, _, _, advantages, returns = part
-    optimizer.curvature = getattr(optimizer, "curvature", None) or kfac.make_curvature(agent)
+    agent.curvature = getattr(agent, "curvature", None) or kfac.make_curvature(agent)
     args = kfac.Args(normalize_advantages=False, inverse_every=2)
     batch = kfac.KFACBatch(states, actions, advantages, returns)
-    kfac.kfac_update(agent, optimizer.curvature, batch, 1.0, args, kfac.gradients_and_factors)
+    kfac.kfac_update(agent, agent.curvature, batch, 1.0, args, kfac.gradients_and_factors)
 
 
 def policy_step(policy, optimizer, part):
     states, actions, *_, advantages, _ = part
     log_probs, _ = policy.log_prob_and_entropy(states, actions)
     module = sys.modules[type(policy).__module__]
-    module.gradient_step(policy, optimizer, -(log_probs * advantages).mean())
+    module.vector_step(optimizer, module.gradient_vector(-(log_probs * advantages).mean(), policy))
 
 
 class DQNAgent(torch.nn.Module):
@@ -1097,7 +1100,7 @@ def dqn_step(agent, optimizer, part):
 
 def policy(module):
     policy = module.Policy(*spaces, (8,))
-    return policy, torch.optim.Adam(policy.parameters(), 1e-2)
+    return policy, torch.optim.Adam([module.parameter_vector(policy)], 1e-2)
 
 
 def pixel_agent(module):

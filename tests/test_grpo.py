@@ -165,7 +165,7 @@ def test_each_group_starts_from_one_state_of_its_own(monkeypatch):
 def test_a_batch_is_every_step_that_was_played_with_the_advantage_of_its_episode(flags, monkeypatch):
     """By loops over rounds, groups, episodes and steps."""
     rounds = recorded(grpo, monkeypatch, "play_episodes", lambda result, *_: result[0])
-    batches = recorded(grpo, monkeypatch, "grpo_update", lambda _, policy, optimizer, batch, args: batch)
+    batches = recorded(grpo, monkeypatch, "grpo_update", lambda _, policy, optimizer, batch, *__: batch)
     flags = [*TINY, *GROUPS, "--gamma", 0.9, "--env-id", "CartPole-v1", "--total-timesteps", 1, *flags]
     result = train(grpo, *flags)
     expected = []

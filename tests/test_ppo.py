@@ -206,13 +206,13 @@ def test_update_parity_with_sb3(env_id, variant, monkeypatch, record_property):
     spaces = env.observation_space, env.action_space
     agent = copy_weights(model.policy, ppo.ActorCritic(*spaces, args.hidden_sizes))
     before = {name: p.clone() for name, p in agent.named_parameters()}
-    optimizer = torch.optim.Adam(agent.parameters(), torch.tensor(args.learning_rate), eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([ppo.parameter_vector(agent)], args.learning_rate, eps=1e-5, fused=True)
     permutation, orders, stops = np.random.permutation, [], []
     monkeypatch.setattr(np.random, "permutation", lambda n: orders.append(permutation(n)) or orders[-1])
 
     def update(obs, next_obs, actions, rewards, terminated, truncated):
         remaining = 1 - (model.num_timesteps - T * N) / args.total_timesteps
-        optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (remaining if args.anneal_lr else 1))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         clip = args.clip_coef * (remaining if args.anneal_clip else 1)
         with torch.no_grad():
             values, next_values = agent.value(obs), agent.value(next_obs)

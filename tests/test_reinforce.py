@@ -202,7 +202,7 @@ def test_the_entropy_bonus_alone_makes_the_policy_uniform():
     policy = reinforce.Policy(Box(-1, 1, (3,)), Discrete(4), (8,))
     policy.actor[-1].weight.data *= 300
     states, running = torch.randn(10, 5, 3), torch.ones(10, 5, dtype=torch.bool)
-    optimizer = torch.optim.Adam(policy.parameters(), 0.02)
+    optimizer = torch.optim.Adam([reinforce.parameter_vector(policy)], 0.02)
     step = (policy, optimizer, states, torch.zeros(10, 5, dtype=torch.int64), torch.zeros(10, 5), running)
     entropies = [reinforce.policy_update(*step, reinforce.Args(ent_coef=0.1))[1].item() for _ in range(100)]
     assert entropies[0] < 1.1 and entropies[-1] == pytest.approx(np.log(4), abs=0.01)
@@ -446,7 +446,7 @@ def test_final_values_are_those_of_normalised_observations(monkeypatch):
 
 
 def test_the_learning_rate_falls_with_the_steps_played(monkeypatch):
-    lrs = recorded(reinforce, monkeypatch, "policy_update", lambda *args: args[2].param_groups[0]["lr"].item())
+    lrs = recorded(reinforce, monkeypatch, "policy_update", lambda *args: args[2].param_groups[0]["lr"])
     steps = recorded(reinforce, monkeypatch, "play_episodes", lambda result, *_: result[0].running.sum().item())
     flags = [*ONCE, "--total-timesteps", 1000, "--learning-rate", 0.02, "--anneal-lr"]
     run_dir = train(reinforce, *flags)["run_dir"]
@@ -554,10 +554,11 @@ def test_update_parity_with_sb3s_a2c(env_id, T, lr, terminates, optimizer, monke
 
     policy, critic = ours()
     before = [p.clone() for p in (*policy.parameters(), *critic.parameters())]
+    vectors = [[reinforce.parameter_vector(x)] for x in (policy, critic)]
     if optimizer == "sgd":
-        steps = kind(policy.parameters(), lr / T), kind(critic.parameters(), lr * vf_coef)
+        steps = kind(vectors[0], lr / T), kind(vectors[1], lr * vf_coef)
     else:
-        steps = kind(policy.parameters(), lr, eps=eps * T), kind(critic.parameters(), lr, eps=eps / vf_coef)
+        steps = kind(vectors[0], lr, eps=eps * T), kind(vectors[1], lr, eps=eps / vf_coef)
     sb3_train = model.train
 
     def train():

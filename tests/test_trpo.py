@@ -204,7 +204,7 @@ def test_update_parity_with_sb3(env_id, normalize, monkeypatch, record_property)
     monkeypatch.setattr(stable_baselines3.common.policies, "preprocess_obs", lambda obs, *_, **__: obs.double())
     agent = copy_weights(model.policy, trpo.ActorCritic(*spaces, args.hidden_sizes).double())
     before = {name: p.clone() for name, p in agent.named_parameters()}
-    optimizer = torch.optim.Adam(agent.critic.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([trpo.parameter_vector(agent.critic)], args.learning_rate, eps=1e-5, fused=True)
     kl, solver = sb3_trpo.kl_divergence, sb3_trpo.conjugate_gradient_solver
     monkeypatch.setattr(sb3_trpo, "kl_divergence", lambda new, old: kl(old, new))
 
