@@ -41,7 +41,7 @@ from run import KEY, RESULTS, Cell, cells_of, present_code, read_runs, sb3_versi
 from sb3 import MODELS
 from steps_to_solve import ENV_ID, EPISODES, EVERY, SIDES, SOLVED
 from suites import EXPERTS, SUITES
-from throughput import MODEL_BASED_SETTINGS, WORKS, code_of, summary
+from throughput import MODEL_BASED_SETTINGS, PEERS, WORKS, code_of, summary
 
 LABELS = {"ours": "ours", "sb3": "Stable-Baselines3"}
 IMITATORS = {
@@ -165,10 +165,17 @@ THROUGHPUT = """
 
 Environment steps per second of training on the CPU, same flags and number of PyTorch threads on both sides, from
 `python benchmarks/throughput.py`. The settings alternate and a ratio is taken over SB3 of the same round: above 1
-is faster than SB3. Compilation is not counted. The floor is the environment alone plus training's matrix products at
-the rate that the machine reaches for 256 × 256: the steps per second if nothing else took time.
+is faster than SB3; median [least, greatest] over the rounds. Compilation is not counted.
 
 {table}
+
+- **over the best peer**: the faster setting over the fastest of SB3, CleanRL and SBX (JAX), which were measured beside
+  SB3 in another run ([throughput.py](throughput.py), `PEERS`); their ratio to SB3 is taken from there.
+- **environment**, **products**, **the rest**: what the faster setting's time goes into. The environments' part is what
+  they take alone, the products' what training's matrix products take at the rate that the machine reaches for
+  256 × 256; the rest is element-wise arithmetic, smaller products' lower rate, memory, and what PyTorch and Python take
+  to call it all.
+- **of the floor**: the first two over the whole; 1 is as fast as it gets with this environment on these cores.
 """
 
 MODEL_BASED_THROUGHPUT = """
@@ -381,18 +388,45 @@ def speed_dagger(measurements: pd.DataFrame, work: str, settings: tuple[str, ...
     return "" if known else " †"
 
 
-def throughput_table(measurements: pd.DataFrame, other: str = "SB3") -> str:
-    """Steps per second and the ratios to the other side, with † for what older code has measured."""
+def ratio(row: pd.Series) -> str:
+    """median [least, greatest] of a row of `summary`."""
+    return f"{number(row['median'], 2)} [{number(row['min'], 2)}, {number(row['max'], 2)}]"
+
+
+def throughput_table(measurements: pd.DataFrame) -> str:
+    """A row for every work: the ratios to SB3 and what bounds them, with † for what older code has measured."""
+    rows, table = [], summary(measurements)
+    for work in table.index.unique("work"):
+        settings = table.loc[work]
+        ours = {name: settings.loc[name] for name in OUR_SETTINGS if name in settings.index}
+        best = max(ours.values(), key=lambda row: row["median"])
+        name, peer, sb3 = PEERS.get(work, ("", np.nan, 1))
+        parts = {"of floor": "of the floor", "environment": "environment", "products": "products"}
+        rows.append(
+            {
+                "work": work,
+                "rounds": int(best["rounds"]),
+                "SB3, steps/s": number(settings["steps/s"].get("sb3", np.nan), 0),
+                **{f"{x} over SB3": ratio(row) + speed_dagger(measurements, work, (x,)) for x, row in ours.items()},
+                "over the best peer": f"{best['median'] * sb3 / peer:.2f} ({name})" if name else "—",
+                **{title: f"{best[part]:.0%}" if best[part] > 0 else "—" for part, title in parts.items()},
+                "the rest": f"{1 - best['of floor']:.0%}" if best["of floor"] > 0 else "—",
+            }
+        )
+    return markdown(rows)
+
+
+def model_based_table(measurements: pd.DataFrame) -> str:
+    """Steps per second and the ratios to sac.py, with † for what older code has measured."""
     rows = []
     for (work, setting), row in summary(measurements).iterrows():
         rows.append(
             {
                 "work": work,
-                "setting": LABELS.get(setting, f"ours, {setting}") + speed_dagger(measurements, work, (setting,)),
+                "setting": f"ours, {setting}" + speed_dagger(measurements, work, (setting,)),
                 "rounds": int(row["rounds"]),
                 "steps/s (median)": number(row["steps/s"], 0),
-                **{f"ratio to {other}, {name}": number(row[name], 2) for name in ("min", "median", "max")},
-                "part of the floor": number(row["of floor"], 2) if row["of floor"] > 0 else "—",
+                **{f"ratio to sac.py, {name}": number(row[name], 2) for name in ("min", "median", "max")},
             }
         )
     return markdown(rows)
@@ -407,7 +441,7 @@ def throughput_section(measurements: pd.DataFrame) -> str:
         section += MODEL_BASED_THROUGHPUT.format(
             flags=f"`{WORKS[work].flags}`",
             share=f"{1 - (speed['eager'] / speed['updates']).median():.0%}",
-            table=throughput_table(rows, "sac.py"),
+            table=model_based_table(rows),
         )
     return section
 

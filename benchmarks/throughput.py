@@ -6,10 +6,11 @@
 The settings alternate within a round, so that what else the machine does falls on all of them, and a ratio is
 taken over SB3 of the same round. Each measurement is a process of its own, on the CPU, with one PyTorch thread or as
 many as the work's flags ask for: it trains for the work's steps and takes the time between two boundaries of training
-iterations, the first of them after warm-up and compilation. The floor is what no implementation gets below: the
-environment's own time for a step, and the matrix products of training at the rate that this machine reaches for
-256 × 256. MBPO, which SB3 does not have, is held against sac.py with the same flags: as it is, and without the time
-that its model takes, which leaves the updates. Writes benchmarks/results/throughput.csv and prints the ratios.
+iterations, the first of them after warm-up and compilation. Beside these, what bounds any implementation: the steps
+per second of the environments alone, and of training's matrix products alone at the rate that this machine reaches for
+256 × 256; one after the other they are the floor. MBPO, which SB3 does not have, is held against sac.py with the same
+flags: as it is, and without the time that its model takes, which leaves the updates. Writes
+benchmarks/results/throughput.csv and prints the ratios.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-SETTINGS = ("eager", "compile", "sb3", "floor")
+SETTINGS = ("eager", "compile", "sb3", "environment", "products")
 COLUMNS = ("work", "setting", "round", "steps_per_second", "date", "code_sha256", "flags")
 MODEL_BASED_SETTINGS = ("eager", "updates", "sac")
 
@@ -113,6 +114,20 @@ WORKS = {
         settings=MODEL_BASED_SETTINGS,
     ),
 }
+
+
+PEERS = {
+    "ppo CartPole": ("SBX", 4610, 4270),
+    "ppo HalfCheetah": ("SBX", 1150, 1100),
+    "a2c CartPole": ("SB3", 7080, 7080),
+    "trpo HalfCheetah": ("SB3", 1470, 1470),
+    "dqn CartPole": ("CleanRL", 680, 560),
+    "ddpg HalfCheetah": ("CleanRL", 221, 147),
+    "td3 HalfCheetah": ("SBX", 166, 131),
+    "sac HalfCheetah": ("SBX", 125, 86),
+}
+"""The fastest of SB3, CleanRL and SBX (JAX) at a work; its and SB3's steps per second, measured together on 2 CPU cores
+in November 2026."""
 
 
 @dataclass
@@ -225,21 +240,17 @@ def matrix_flops_per_second(threads: int) -> float:
     return 2 * 256**3 / timer.blocked_autorange(min_run_time=2).median
 
 
-def floor(algo: str, args) -> float:
-    """Environment steps per second, were the environment and training's matrix products all that takes time."""
-    environment = 1 / environment_steps_per_second(algo, args)
-    return 1 / (environment + flops_per_step(algo, args) / matrix_flops_per_second(args.torch_threads))
-
-
 def measure(work: Work, setting: str) -> float:
-    """Environment steps per second of one training, or of its floor, in this process."""
+    """Environment steps per second of one training, or of a part of its floor, in this process."""
     with tempfile.TemporaryDirectory() as folder:
         argv = f"{work.flags} --total-timesteps {work.warmup_steps + work.steps} --eval-episodes 1 --device cpu".split()
         argv += ["--output-dir", folder] + (["--compile"] if setting == "compile" else [])
         algo = code_of(work, setting)[1]
         args = parse_args(algo, argv)
-        if setting == "floor":
-            return floor(algo, args)
+        if setting == "environment":
+            return environment_steps_per_second(algo, args)
+        if setting == "products":
+            return matrix_flops_per_second(args.torch_threads) / flops_per_step(algo, args)
         if work.settings == MODEL_BASED_SETTINGS:
             script = importlib.import_module(algo)
             context = clock_without_model(script) if setting == "updates" else contextlib.nullcontext(perf_counter)
@@ -269,15 +280,18 @@ def measure_in_process(name: str, setting: str) -> float:
 
 
 def summary(measurements: pd.DataFrame) -> pd.DataFrame:
-    """Per work and setting: median steps/s, its ratio to SB3 (or sac.py) and to the floor, each of the same round."""
+    """Per work and setting: median steps/s, its ratio to SB3 (or sac.py), and the parts that environment, products and
+    both of them, the floor, have in its time, all within a round."""
     speeds = measurements.pivot_table(index=["work", "round"], columns="setting", values="steps_per_second", sort=False)
     speeds = speeds.reindex(columns=dict.fromkeys(SETTINGS + MODEL_BASED_SETTINGS))  # some were not measured
-    over_other, of_floor, speeds = (
-        x.stack(future_stack=True).groupby(["work", "setting"], sort=False)
-        for x in (speeds.div(speeds["sb3"].fillna(speeds["sac"]), axis=0), speeds.div(speeds["floor"], axis=0), speeds)
-    )
-    columns = {"rounds": speeds.count(), "steps/s": speeds.median()}
-    columns |= {name: over_other.agg(name) for name in ("min", "median", "max")} | {"of floor": of_floor.median()}
+    floor = 1 / (1 / speeds["environment"] + 1 / speeds["products"])
+    ratios = {"over": speeds["sb3"].fillna(speeds["sac"]), "of floor": floor}
+    ratios |= {name: speeds[name] for name in ("environment", "products")}
+    ratios = {name: speeds.div(other, axis=0) for name, other in ratios.items()} | {"steps/s": speeds}
+    groups = {name: x.stack(future_stack=True).groupby(["work", "setting"], sort=False) for name, x in ratios.items()}
+    columns = {"rounds": groups["steps/s"].count(), "steps/s": groups["steps/s"].median()}
+    columns |= {name: groups["over"].agg(name) for name in ("min", "median", "max")}
+    columns |= {name: groups[name].median() for name in ("of floor", "environment", "products")}
     table = pd.DataFrame(columns)
     return table[table["rounds"] > 0]
 
@@ -310,9 +324,7 @@ def main() -> None:
         measurements = pd.concat([others, pd.DataFrame(rows, columns=COLUMNS)])
         measurements.to_csv(path, index=False)  # a round that has ended is kept, whatever comes
     bar.close()
-    print(
-        summary(measurements).round({"steps/s": 0} | dict.fromkeys(["min", "median", "max", "of floor"], 2)).to_string()
-    )
+    print(summary(measurements).round(2).round({"steps/s": 0}).to_string())
 
 
 if __name__ == "__main__":

@@ -13,15 +13,28 @@ import throughput
 
 def test_ratios_are_taken_within_a_round():
     """SB3 slows down by half from one round to the next, ours by a third; one work has no floor."""
-    speeds = {"eager": (30, 20), "sb3": (20, 10), "floor": (60, 50)}
+    speeds = {"eager": (30, 20), "sb3": (20, 10), "environment": (120, 100), "products": (120, 100)}
     rows = [("a", setting, i, x) for setting, pair in speeds.items() for i, x in enumerate(pair)]
     rows += [("b", "eager", 0, 9), ("b", "sb3", 0, 3)]
     table = throughput.summary(pd.DataFrame(rows, columns=["work", "setting", "round", "steps_per_second"]))
     eager = table.loc[("a", "eager")]
-    assert list(eager) == pytest.approx([2, 25, 1.5, 1.75, 2, (0.5 + 0.4) / 2])
-    assert table.loc[("a", "floor"), "median"] == pytest.approx((3 + 5) / 2)
+    assert list(eager) == pytest.approx([2, 25, 1.5, 1.75, 2, (0.5 + 0.4) / 2, (0.25 + 0.2) / 2, (0.25 + 0.2) / 2])
     assert table.loc[("b", "eager"), "median"] == 3 and pd.isna(table.loc[("b", "eager"), "of floor"])
-    assert ("a", "compile") not in table.index and ("b", "floor") not in table.index
+    assert ("a", "compile") not in table.index and ("b", "products") not in table.index
+
+
+def test_the_page_says_what_bounds_the_faster_setting(monkeypatch):
+    """3 times SB3 compiled, 2 eager; a peer at 1.5 times SB3; of 1/30 s a fifth is environment, a tenth products."""
+    work = "dqn CartPole"
+    monkeypatch.setitem(report.PEERS, work, ("Peer", 30, 20))
+    speeds = {"eager": 20.0, "compile": 30.0, "sb3": 10.0, "environment": 150.0, "products": 300.0}
+    rows = pd.DataFrame([(work, name, 1, x, "", "") for name, x in speeds.items()])
+    rows.columns = ["work", "setting", "round", "steps_per_second", "code_sha256", "flags"]
+    table = report.throughput_table(rows)
+    both = "2.00 [2.00, 2.00] † | 3.00 [3.00, 3.00] †"
+    assert f"| {work} | 1 | 10 | {both} | 2.00 (Peer) | 30% | 20% | 10% | 70% |" in table
+    bare = report.throughput_table(rows[rows["setting"].isin(["eager", "sb3"])].assign(work="other"))
+    assert "| other | 1 | 10 | 2.00 [2.00, 2.00] † | — | — | — | — | — |" in bare
 
 
 def test_speed_is_measured_after_the_warm_up():
@@ -44,8 +57,8 @@ def test_floating_point_operations_of_a_ddpg_update():
 def test_the_floor_is_below_no_measurement(algo, env_id):
     flags = "--num-steps 64" if algo != "sac" else "--learning-starts 300 --batch-size 32 --hidden-sizes 32 32"
     work = throughput.Work(algo, f"--env-id {env_id} --num-envs 1 {flags}", warmup_steps=320, steps=1024)
-    speed, floor = (throughput.measure(work, setting) for setting in ("eager", "floor"))
-    assert 0 < speed < floor
+    speed, *parts = (throughput.measure(work, setting) for setting in ("eager", "environment", "products"))
+    assert 0 < speed < 1 / sum(1 / x for x in parts)
 
 
 def test_what_was_measured_is_the_training(monkeypatch):
@@ -84,7 +97,7 @@ def test_mbpo_is_held_against_sac():
     rows = pd.DataFrame(rows, columns=["setting", "round", "steps_per_second"])
     rows = rows.assign(work="mbpo HalfCheetah", code_sha256="older")
     rows["flags"] = throughput.WORKS["mbpo HalfCheetah"].flags
-    section = report.throughput_section(pd.concat([rows, rows.assign(work="ppo CartPole", setting="sb3")]))
+    section = report.throughput_section(pd.concat([rows, rows.assign(work="ppo CartPole")]))
     assert "(47% of the whole here" in section and "| ours, updates † | 3 | 38 | 0.95 | 0.95 | 0.95 |" in section
     assert section.index("ppo CartPole") < section.index("MBPO against")
     work = throughput.WORKS["mbpo HalfCheetah"]
@@ -110,7 +123,7 @@ def test_rounds_that_have_ended_are_kept(monkeypatch, tmp_path):
 
     def measure(name, setting):
         calls.append(setting)
-        return 10.0 * len(calls) if len(calls) < 6 else sys.exit("ppo CartPole, eager: no more")
+        return 10.0 * len(calls) if len(calls) < 7 else sys.exit("ppo CartPole, eager: no more")
 
     monkeypatch.setattr(throughput, "measure_in_process", measure)
     older = pd.DataFrame([("a2c CartPole", "eager", 1, 7.0, "", "", "")], columns=throughput.COLUMNS)
@@ -119,5 +132,5 @@ def test_rounds_that_have_ended_are_kept(monkeypatch, tmp_path):
     with pytest.raises(SystemExit):
         throughput.main()
     kept = pd.read_csv(tmp_path / "throughput.csv")
-    assert kept["steps_per_second"].tolist() == [7, 10, 20, 30, 40] and kept["round"].tolist() == [1] * 5
+    assert kept["steps_per_second"].tolist() == [7, 10, 20, 30, 40, 50] and kept["round"].tolist() == [1] * 6
     assert set(kept["flags"][1:]) == {throughput.WORKS["ppo CartPole"].flags}
