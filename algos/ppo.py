@@ -433,7 +433,7 @@ def train(args: Args) -> dict:
         fail(f"--num-minibatches {args.num_minibatches} must divide --num-envs × --num-steps = {batch_size}")
     spaces = check_spaces(args, (Discrete, Box))
     agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
-    clip = torch.tensor(args.clip_coef, device=device)  # not a number, for each of which a compiled gradient is another
+    clip = torch.tensor(args.clip_coef, device=device)  # a number would be compiled anew whenever it changes
     optimizer = torch.optim.Adam([parameter_vector(agent)], args.learning_rate, eps=1e-5, fused=True)
     gradient_of = compiled(ppo_gradient, device) if args.compile else ppo_gradient
     run = Run(args, rank, {"agent": agent, "optimizer": optimizer})

@@ -35,8 +35,10 @@ from estimates import (
     save,
     tidy,
 )
+from growth import AXES, BUFFER_SIZES
+from growth import code_sha256 as growth_code
 from matplotlib import pyplot as plt
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullLocator
 from run import KEY, RESULTS, Cell, cells_of, present_code, read_runs, sb3_version, source_sha256
 from sb3 import MODELS
 from steps_to_solve import ENV_ID, EPISODES, EVERY, SIDES, SOLVED
@@ -54,6 +56,11 @@ SOLVERS = {
     ("ours", "mbpo"): dict(label="MBPO", color="#0072B2", linestyle="-"),
     ("ours", "sac"): dict(label="SAC", color="#009E73", linestyle="-."),
     ("sb3", "sac"): dict(label="SB3's SAC", color="#D55E00", linestyle="--"),
+}
+GROWING = {
+    "eager": dict(label="ours, eager", color="#0072B2", linestyle="-"),
+    "compile": dict(label="ours, compiled", color="#009E73", linestyle="-."),
+    "sb3": dict(label="Stable-Baselines3", color="#D55E00", linestyle="--"),
 }
 OUR_SETTINGS = ("eager", "compile")
 """of throughput.py, beside SB3's"""
@@ -178,6 +185,16 @@ is faster than SB3; median [least, greatest] over the rounds. Compilation is not
 - **of the floor**: the first two over the whole; 1 is as fast as it gets with this environment on these cores.
 """
 
+GROWTH = """
+### With environments, width, batch size
+
+![Steps per second and memory]({plot})
+
+From [growth.py](growth.py), one measurement a point{changed}. From left to right: PPO on CartPole-v1 (128 steps,
+4 epochs of 4 minibatches); SAC on HalfCheetah-v5 with two layers of that many units, minibatches of 256; with layers of
+256, minibatches of that many transitions; the memory of SAC's full replay buffer for HalfCheetah-v5{bytes}.
+"""
+
 MODEL_BASED_THROUGHPUT = """
 MBPO against sac.py with the same flags, {flags}: as it is, and its updates alone, without the time that the model
 takes ({share} of the whole here, between the second and the third training of the model).
@@ -277,6 +294,7 @@ REPRODUCE = """
 ```
 {commands}
 python benchmarks/throughput.py
+python benchmarks/growth.py
 python benchmarks/compounding_error.py --workers 2
 python benchmarks/steps_to_solve.py --workers 2
 python benchmarks/report.py
@@ -444,6 +462,38 @@ def throughput_section(measurements: pd.DataFrame) -> str:
             table=model_based_table(rows),
         )
     return section
+
+
+def growth(results: Path) -> str:
+    """The section on growth.csv, "" without it; draws its plot."""
+    path = results / "growth.csv"
+    if not path.exists():
+        return ""
+    rows = pd.read_csv(path)
+    changed = any(growth_code(row.axis, row.size, row.setting) != row.code_sha256 for row in rows.itertuples())
+    sizes = {axis: [*works] for axis, works in AXES.items()} | {"buffer_size": [*BUFFER_SIZES]}
+    sizes = {axis: ticks for axis, ticks in sizes.items() if axis in set(rows["axis"])}
+    figure, axes = plt.subplots(1, len(sizes), figsize=(4 * len(sizes), 3.4), squeeze=False, layout="constrained")
+    for ax, (axis, ticks) in zip(axes.flat, sizes.items()):
+        values = rows[rows["axis"] == axis].pivot(index="size", columns="setting", values="value")
+        values /= 1e6 if axis == "buffer_size" else 1
+        for setting, style in GROWING.items():
+            if setting in values:
+                ax.plot(values.index, values[setting], marker="o", markersize=4, **style)
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xticks(ticks, [EngFormatter(sep="")(x) for x in ticks], minor=False)
+        ax.xaxis.set_minor_locator(NullLocator())
+        unit = "MB" if axis == "buffer_size" else "environment steps/s"
+        tidy(ax, axis.replace("_", " ").replace("num envs", "environments"), unit)
+    save(figure, results.parent / "plots" / "growth.png")
+    largest = rows[(rows["axis"] == "buffer_size") & (rows["size"] == BUFFER_SIZES[-1])].set_index("setting")["value"]
+    each = ", ".join(f"{GROWING[x]['label']} {largest[x] / BUFFER_SIZES[-1]:.0f}" for x in GROWING if x in largest)
+    return GROWTH.format(
+        plot="plots/growth.png",
+        changed=" (†: some with older code)" if changed else "",
+        bytes=f" (bytes a transition: {each})" if each else "",
+    )
 
 
 # Learning curves --------------------------------------------------------------------------------------------
@@ -755,7 +805,7 @@ def main() -> None:
     page += compounding(args.results)
     throughput = args.results / "throughput.csv"
     if throughput.exists():
-        page += throughput_section(pd.read_csv(throughput))
+        page += throughput_section(pd.read_csv(throughput)) + growth(args.results)
         put_into(args.results.parent.parent / "README.md", headline(runs, pd.read_csv(throughput)))
     commands = "\n".join(f"python benchmarks/run.py {suite} --workers 2" for suite in suites)
     page += REPRODUCE.format(commands=commands, example=Cell(*runs.index[0]).name)

@@ -1,0 +1,138 @@
+"""How training speed grows with environments, network width and batch size, and memory with the replay buffer.
+
+    python benchmarks/growth.py            # 63 measurements, about a quarter of an hour; again after a kill: goes on
+
+Speed is measured as throughput.py does, here and in Stable-Baselines3, each in a process of its own: PPO on CartPole
+with 1 to 64 environments, SAC on HalfCheetah with layers of 64 to 1024 units and with minibatches of 32 to 1024. Memory
+is what a process holds more of, once SAC's replay buffer for HalfCheetah has been written to its end. Each measurement
+is a row of results/growth.csv.
+"""
+
+import importlib
+import multiprocessing
+import os
+import re
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from run import RESULTS, source_sha256
+from stable_baselines3.common.buffers import ReplayBuffer
+from throughput import Work, code_of, measure
+from tqdm import tqdm
+
+KEY = ["axis", "size", "setting"]
+SAC = "--env-id HalfCheetah-v5 --torch-threads 2 --learning-starts 100"
+
+
+def ppo_with(num_envs: int) -> Work:
+    """A few rollouts of PPO on CartPole; one for the warm-up."""
+    flags = f"--env-id CartPole-v1 --num-envs {num_envs} --num-steps 128 --update-epochs 4 --num-minibatches 4"
+    rollouts = max(4, 128 // num_envs)
+    return Work("ppo", flags, warmup_steps=128 * num_envs, steps=rollouts * 128 * num_envs)
+
+
+def sac_with(width: int, batch_size: int) -> Work:
+    """As many steps of SAC on HalfCheetah as take some seconds."""
+    steps = int(np.clip(300 * (256 / width) ** 2 * 256 / batch_size, 60, 900))
+    flags = f"{SAC} --hidden-sizes {width} {width} --batch-size {batch_size}"
+    return Work("sac", flags, warmup_steps=200, steps=steps)
+
+
+AXES = {
+    "num_envs": {n: ppo_with(n) for n in (1, 2, 4, 8, 16, 32, 64)},
+    "width": {n: sac_with(n, 256) for n in (64, 128, 256, 512, 1024)},
+    "batch_size": {n: sac_with(256, n) for n in (32, 64, 128, 256, 512, 1024)},
+}
+"""What is trained at each size, by the axis along which it grows."""
+SPEED_SETTINGS = ("eager", "compile", "sb3")
+BUFFER_SIZES = (10_000, 100_000, 1_000_000)
+MEMORY_SETTINGS = ("eager", "sb3")
+
+
+def steps_per_second(axis: str, size: int, setting: str) -> float:
+    """Of one training, in this process."""
+    work = AXES[axis][size]
+    script = importlib.import_module(work.algo)
+    with patch.object(script, "LOG_EVERY", 20, create=True):  # the boundaries between which time is taken
+        return measure(work, setting)
+
+
+def resident_bytes() -> int:
+    """Of this process (Linux)."""
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def buffer_bytes(size: int, setting: str) -> int:
+    """Memory that a full replay buffer for HalfCheetah-v5 takes, in this process."""
+    env, script = gym.make("HalfCheetah-v5"), importlib.import_module("sac")
+    spaces, before = (env.observation_space, env.action_space), resident_bytes()
+    if setting == "sb3":
+        buffer = ReplayBuffer(size, *spaces, device="cpu", handle_timeout_termination=True)
+        arrays = [x for x in vars(buffer).values() if isinstance(x, np.ndarray)]
+    else:
+        buffer = script.ReplayBuffer(size, 1, *spaces, torch.device("cpu"))
+        arrays = [x.numpy() for x in buffer.data]
+    for array in arrays:
+        array.fill(1)  # pages that nobody has written to take no memory
+    return resident_bytes() - before
+
+
+def measured(axis: str, size: int, setting: str) -> float:
+    """Steps per second or, along the axis "buffer_size", bytes."""
+    return buffer_bytes(size, setting) if axis == "buffer_size" else steps_per_second(axis, size, setting)
+
+
+def in_process(*cell) -> float:
+    """`measured` in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measured, *cell).result()
+
+
+def code_sha256(axis: str, size: int, setting: str) -> str:
+    """Of what is measured."""
+    if axis == "buffer_size":
+        return source_sha256("sb3" if setting == "sb3" else "ours", "sac")
+    return source_sha256(*code_of(AXES[axis][size], setting))
+
+
+def cells() -> list[tuple[str, int, str]]:
+    """(axis, size, setting) of everything; the settings of a size follow one another, to share the machine's load."""
+    speed = [(axis, size, setting) for axis in AXES for size in AXES[axis] for setting in SPEED_SETTINGS]
+    return speed + [("buffer_size", size, setting) for size in BUFFER_SIZES for setting in MEMORY_SETTINGS]
+
+
+@dataclass
+class Args:
+    only: str = ""
+    """only axes with this in their name: num_envs, width, batch_size, buffer_size"""
+    results: Path = RESULTS
+    """folder of growth.csv"""
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    path = args.results / "growth.csv"
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes; a script sets PyTorch's own number
+    rows = pd.read_csv(path).set_index(KEY) if path.exists() else pd.DataFrame()
+    todo = [cell for cell in cells() if args.only in cell[0]]
+    todo = [c for c in todo if c not in rows.index or rows["code_sha256"][c] != code_sha256(*c)]
+    for cell in (bar := tqdm(todo, unit="run")):
+        bar.set_description(" ".join(map(str, cell)))
+        row = {"value": round(in_process(*cell), 1), "code_sha256": code_sha256(*cell)}
+        row = pd.DataFrame([row], index=pd.MultiIndex.from_tuples([cell], names=KEY))
+        rows = pd.concat([rows.drop(index=[cell], errors="ignore"), row]).sort_index() if len(rows) else row
+        rows.to_csv(path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)  # a kill leaves the old file whole
+    print(rows["value"].unstack("setting").to_string() if len(rows) else "nothing to measure")
+
+
+if __name__ == "__main__":
+    main()
