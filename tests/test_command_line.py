@@ -1048,7 +1048,8 @@ def actor_critic(module):
 
 
 def ppo_step(agent, optimizer, part):
-    ppo.ppo_update(agent, optimizer, ppo.PPOBatch(*part), 0.2, ppo.Args(normalize_advantages=False))
+    args = ppo.Args(normalize_advantages=False, target_kl=1e9)  # by metrics that are to be the same everywhere
+    return ppo.ppo_update(agent, optimizer, ppo.PPOBatch(*part), 0.2, args)[0]
 
 
 def a2c_step(agent, optimizer, part):
@@ -1112,7 +1113,8 @@ def pixel_step(agent, optimizer, part):
     states, numbers, *rest = part
     images = (128 + 40 * states[:, :1, None, None]).clamp(0, 255).byte().expand(-1, -1, 36, 36)
     batch = ppo_atari.PixelBatch(images, (numbers[:, 0] > 0).long(), *rest)
-    ppo_atari.pixel_ppo_update(agent, optimizer, batch, 0.2, ppo_atari.Args(normalize_advantages=False))
+    args = ppo_atari.Args(normalize_advantages=False)
+    return ppo_atari.pixel_ppo_update(agent, optimizer, batch, 0.2, args)[0]
 
 
 def make(module):
@@ -1128,16 +1130,17 @@ runs = {}
 for module, step in steps.items():
     torch.manual_seed(0)
     whole = make(module)
-    runs[module] = whole[0], copy.deepcopy(whole[0].state_dict())
-    for batch in data:
-        step(*whole, batch)
+    start = copy.deepcopy(whole[0].state_dict())
+    runs[module] = whole[0], start, [step(*whole, batch) for batch in data]
 dist.init_process_group("gloo")
 for module, step in steps.items():
-    whole, start = runs[module]
+    whole, start, metrics = runs[module]
     part = make(module)
     part[0].load_state_dict(start)
-    for batch in data:
-        step(*part, [x.chunk(2)[dist.get_rank()] for x in batch])
+    for batch, expected in zip(data, metrics):
+        found = step(*part, [x.chunk(2)[dist.get_rank()] for x in batch])
+        if expected is not None:
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     for (name, x), y, before in zip(part[0].named_parameters(), whole.parameters(), start.values()):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4, msg=lambda text: f"{module.__name__} {name}: {text}")
     assert any(not x.equal(start[name]) for name, x in part[0].named_parameters()), module.__name__
