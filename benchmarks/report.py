@@ -69,6 +69,9 @@ HEADLINE_SUITES = ("classic", "mujoco")
 EFFICIENCY = [("kfac", "CartPole-v1", 100_000), ("kfac", "Acrobot-v1", 100_000), ("kfac", "HalfCheetah-v5", 500_000)]
 """(algorithm, environment, steps) whose sample efficiency is compared with A2C's"""
 
+SAME_SOLUTION = (("ddpg", "td3", "sac"), "Pendulum-v1")
+"""algorithms that end with as good as the same policy, and where"""
+
 PUBLISHED = {
     ("ppo", "CartPole-v1"): "CleanRL 490 ± 6; Zoo 500",
     ("ppo", "Acrobot-v1"): "CleanRL −86 ± 1; Zoo −73.5 (1M steps)",
@@ -92,6 +95,7 @@ PUBLISHED = {
     ("sac", "Hopper-v5"): "CleanRL 2310 ± 343 (v4, 1M steps); Zoo 2326 (v3, 1M steps)",
     ("ppo", "HalfCheetah-v5"): "CleanRL 1443 ± 46 (v4); Zoo 5819 (v3)",
     ("ppo", "Hopper-v5"): "CleanRL 2383 ± 272 (v4); Zoo 2410 (v3)",
+    ("ppo_atari", "ALE/Pong-v5"): "CleanRL 20.4 (10M steps, NoFrameskip-v4); Zoo 21.0 (the same)",
 }
 """Figures that others give for the algorithm and environment; sources in PAGE."""
 
@@ -165,6 +169,13 @@ are those of ended episodes, so with many environments and long episodes a curve
 {runs}
 
 </details>
+"""
+
+START_STATES = """\
+- {algos} on {env_id}: what differs between their seeds, and from the Zoo's figures over 750 episodes, is mostly the
+  evaluation's start states. The mean over these algorithms and both sides is, seed by seed,
+  {means}; within a seed they are {deviation} apart (standard
+  deviation, mean over the seeds).
 """
 
 THROUGHPUT = """
@@ -378,6 +389,23 @@ def comparison(algo: str, env_id: str, steps: int, runs: pd.DataFrame, cells: li
         "verdict": verdict(x, y) if pairs else "—",
         "published": PUBLISHED.get((algo, env_id), "—"),
     }
+
+
+def start_states(runs: pd.DataFrame) -> str:
+    """How much of SAME_SOLUTION's returns is the seed's, over seeds that all of them have; "" without such."""
+    algos, env_id = SAME_SOLUTION
+    rows = runs.reset_index()
+    rows = rows[rows["algo"].isin(algos) & (rows["env_id"] == env_id)]
+    returns = rows.pivot(index="seed", columns=["algo", "impl"], values="eval_mean")
+    returns = returns.dropna(axis=1, thresh=len(returns) // 2 + 1).dropna()  # without a side that has hardly begun
+    if len(returns) < 2 or returns.shape[1] < 2:
+        return ""
+    return START_STATES.format(
+        algos=", ".join(sorted({algo for algo, _ in returns})),
+        env_id=env_id,
+        means=", ".join(number(x, 0) for x in returns.mean(axis=1)),
+        deviation=number(returns.std(axis=1).mean(), 1),
+    )
 
 
 def run_table(runs: pd.DataFrame) -> str:
@@ -794,7 +822,9 @@ def main() -> None:
         page += SUITE.format(
             suite=suite,
             table=markdown([comparison(*key, runs, group) for key, group in groups.items()]),
-            remarks="".join(f"- {algo}: {text}\n" for (of, algo), text in REMARKS.items() if of == suite) + "\n",
+            remarks="".join(f"- {algo}: {text}\n" for (of, algo), text in REMARKS.items() if of == suite)
+            + (start_states(runs) if suite == "classic" else "")
+            + "\n",
             plot=f"plots/{plot.name}",
             runs=run_table(runs.loc[[astuple(cell) for cell in recorded]].sort_index(level=KEY)),
         )

@@ -487,6 +487,21 @@ def test_a_row_compares_the_seeds_that_both_sides_have(measured):
     assert (row["seeds"], row["ours"], row["difference"]) == ("3/4", "—", "—") and row["SB3"].startswith("302.0")
 
 
+def test_start_states_are_what_seeds_differ_by():
+    """Two sides 4 apart in each of two seeds 30 apart; a third side has hardly begun."""
+    cells = [
+        ("ours", "td3", 1, -170.0),
+        ("sb3", "td3", 1, -174.0),
+        ("ours", "td3", 2, -140.0),
+        ("sb3", "td3", 2, -144.0),
+    ]
+    cells += [("ours", "sac", 1, -900.0), ("ours", "ppo", 1, -900.0)]
+    runs = pd.DataFrame(cells, columns=["impl", "algo", "seed", "eval_mean"])
+    text = report.start_states(runs.assign(env_id="Pendulum-v1"))
+    assert "- td3 on Pendulum-v1" in text and "−172, −142;" in text and "they are 2.8 apart" in text
+    assert report.start_states(runs[runs["seed"] == 1].assign(env_id="Pendulum-v1")) == ""
+
+
 def test_the_headline_shows_what_is_slower_too(measured):
     runs, _ = measured
     speeds = [("a2c CartPole", setting, i, x) for i in (1, 2) for setting, x in (("eager", 50.0), ("sb3", 100.0))]
