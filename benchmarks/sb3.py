@@ -296,6 +296,9 @@ def refuse_unless(args, **values) -> None:
 def parse_args(algo: str, argv: list[str]):
     """algos/{algo}.py's flags; the off-policy scripts, which normalise nothing, say so in the others' words."""
     args = __import__(algo).parse_args(argv)
+    for name in ("resume", "capture_video"):
+        if getattr(args, name):
+            sys.exit(f"sb3.py: --{name.replace('_', '-')} is for algos/{algo}.py alone; leave it out")
     if not hasattr(args, "normalize_observations"):
         args.normalize_observations = args.normalize_rewards = False
     return args

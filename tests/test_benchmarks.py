@@ -264,6 +264,13 @@ def test_what_sb3_does_not_have_is_refused(algo, changes, names):
         sb3_model(algo, **changes)
 
 
+def test_what_only_the_scripts_can_do_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sb3.py", "sac", "--capture-video"])
+    with pytest.raises(SystemExit, match="--capture-video is for algos/sac.py alone"):
+        runpy.run_path(str(run.ROOT / "benchmarks" / "sb3.py"), run_name="__main__")
+    assert sb3.parse_args("sac", []).normalize_observations is False
+
+
 def test_sb3s_side_of_an_off_policy_run():
     flags = "--total-timesteps 300 --learning-starts 50 --hidden-sizes 8 --eval-episodes 2 --train-frequency 4"
     result = sb3.train("dqn", sb3.parse_args("dqn", flags.split()))
