@@ -69,7 +69,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads for PyTorch; one is fastest for networks this small"""
     compile: bool = False
-    """compile the update, its T steps unrolled (CUDA graphs on a GPU): pays in runs of several minutes"""
+    """compile the gradient, its T steps unrolled (CUDA graphs on a GPU): pays in runs of several minutes"""
     output_dir: str = "runs"
     """folder that run directories are made in"""
     resume: str | None = None
@@ -337,8 +337,8 @@ def a2c_loss(agent: ActorCritic, states, actions, advantages, returns, args: Arg
 def parameter_vector(module: nn.Module) -> nn.Parameter:
     """All parameters of `module` as one vector (P,), of which they become views.
 
-    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
-    another device, it has to go before.
+    Optimiser and gradient then take a few operations instead of a few per parameter. Call it once, after `module.to`
+    and before anything else keeps the weights; then step with `vector_step`, as each parameter's .grad goes unread.
     """
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -360,7 +360,7 @@ def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
 
 
 def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
-    """One step of an optimiser of one vector (P,) along a gradient."""
+    """One step of an optimiser of one vector (P,), down this gradient."""
     optimizer.param_groups[0]["params"][0].grad = gradient
     optimizer.step()
 
@@ -382,7 +382,7 @@ def a2c_update(agent: ActorCritic, optimizer, rollout: Rollout, args: Args, grad
     """One step of the optimiser on a rollout. Returns METRICS before it, (5,)."""
     gradient, metrics = gradient_of(agent, rollout, args)
     vector_step(optimizer, gradient)
-    return metrics
+    return average(metrics)
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -445,7 +445,7 @@ def train(args: Args) -> dict:
 
         # Log.
         if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
-            losses = average(torch.stack(metrics).mean(0)).tolist()
+            losses = torch.stack(metrics).mean(0).tolist()
             run.log(dict(zip(METRICS, losses)), learning_rate=lr)
             metrics, logged_step = [], run.step
         if run.step - run.saved_step >= args.checkpoint_every:

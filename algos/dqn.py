@@ -71,7 +71,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads for PyTorch; one is fastest for networks this small"""
     compile: bool = False
-    """compile the update with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
+    """compile the gradient with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
     output_dir: str = "runs"
     """folder that run directories are made in"""
     resume: str | None = None
@@ -354,7 +354,7 @@ def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
 
 
 def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
-    """One step of an optimiser of one vector (P,) along a gradient."""
+    """One step of an optimiser of one vector (P,), down this gradient."""
     optimizer.param_groups[0]["params"][0].grad = gradient
     optimizer.step()
 

@@ -77,7 +77,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads for PyTorch; one is fastest for networks this small"""
     compile: bool = False
-    """compile the update with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
+    """compile the gradient with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
     output_dir: str = "runs"
     """folder that run directories are made in"""
     resume: str | None = None
@@ -321,8 +321,8 @@ def grpo_loss(policy: Policy, batch: GRPOBatch, args: Args) -> tuple[Tensor, Ten
 def parameter_vector(module: nn.Module) -> nn.Parameter:
     """All parameters of `module` as one vector (P,), of which they become views.
 
-    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
-    another device, it has to go before.
+    Optimiser and gradient then take a few operations instead of a few per parameter. Call it once, after `module.to`
+    and before anything else keeps the weights; then step with `vector_step`, as each parameter's .grad goes unread.
     """
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -337,7 +337,7 @@ def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
 
 
 def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
-    """One step of an optimiser of one vector (P,) along a gradient."""
+    """One step of an optimiser of one vector (P,), down this gradient."""
     optimizer.param_groups[0]["params"][0].grad = gradient
     optimizer.step()
 

@@ -67,7 +67,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads for PyTorch; one is fastest for networks this small"""
     compile: bool = False
-    """compile the update with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
+    """compile the gradient with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
     output_dir: str = "runs"
     """folder that run directories are made in"""
     resume: str | None = None
@@ -374,8 +374,8 @@ def ppo_loss(agent: ActorCritic, batch: PPOBatch, clip: Tensor | float, args: Ar
 def parameter_vector(module: nn.Module) -> nn.Parameter:
     """All parameters of `module` as one vector (P,), of which they become views.
 
-    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
-    another device, it has to go before.
+    Optimiser and gradient then take a few operations instead of a few per parameter. Call it once, after `module.to`
+    and before anything else keeps the weights; then step with `vector_step`, as each parameter's .grad goes unread.
     """
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -390,7 +390,7 @@ def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
 
 
 def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
-    """One step of an optimiser of one vector (P,) along a gradient."""
+    """One step of an optimiser of one vector (P,), down this gradient."""
     optimizer.param_groups[0]["params"][0].grad = gradient
     optimizer.step()
 
@@ -403,9 +403,9 @@ def ppo_gradient(agent, batch: PPOBatch, clip: Tensor | float, args: Args) -> tu
 
 
 def ppo_update(agent, optimizer, batch, clip, args: Args, gradient_of=ppo_gradient) -> tuple[Tensor, bool]:
-    """One step of the optimiser of `parameter_vector(agent)` on a minibatch, unless the KL has passed its target.
+    """One step of the optimiser of `parameter_vector(agent)` on a minibatch, unless the KL has passed its bound.
 
-    Returns METRICS before it, and whether the KL has.
+    Returns METRICS before it, and whether the KL is above 1.5 times its target.
     """
     gradient, metrics = gradient_of(agent, batch, clip, args)
     metrics = average(metrics)
@@ -433,7 +433,7 @@ def train(args: Args) -> dict:
         fail(f"--num-minibatches {args.num_minibatches} must divide --num-envs × --num-steps = {batch_size}")
     spaces = check_spaces(args, (Discrete, Box))
     agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
-    clip = torch.tensor(args.clip_coef, device=device)  # a number would be compiled anew whenever it changes
+    clip = torch.tensor(args.clip_coef, device=device)  # a number would be a constant of the compiled gradient
     optimizer = torch.optim.Adam([parameter_vector(agent)], args.learning_rate, eps=1e-5, fused=True)
     gradient_of = compiled(ppo_gradient, device) if args.compile else ppo_gradient
     run = Run(args, rank, {"agent": agent, "optimizer": optimizer})

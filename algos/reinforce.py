@@ -79,7 +79,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads for PyTorch; one is fastest for networks this small"""
     compile: bool = False
-    """compile the update with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
+    """compile the gradient with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
     output_dir: str = "runs"
     """folder that run directories are made in"""
     resume: str | None = None
@@ -359,8 +359,8 @@ def play_episodes(policy: Policy, envs: gym.vector.VectorEnv, seeds: list[int]) 
 def parameter_vector(module: nn.Module) -> nn.Parameter:
     """All parameters of `module` as one vector (P,), of which they become views.
 
-    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
-    another device, it has to go before.
+    Optimiser and gradient then take a few operations instead of a few per parameter. Call it once, after `module.to`
+    and before anything else keeps the weights; then step with `vector_step`, as each parameter's .grad goes unread.
     """
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -375,12 +375,12 @@ def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
 
 
 def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
-    """One step of an optimiser of one vector (P,) along a gradient."""
+    """One step of an optimiser of one vector (P,), down this gradient."""
     optimizer.param_groups[0]["params"][0].grad = gradient
     optimizer.step()
 
 
-def policy_gradient(policy: Policy, states, actions, advantages, running, args: Args) -> tuple[Tensor, Tensor]:
+def policy_loss_gradient(policy: Policy, states, actions, advantages, running, args: Args) -> tuple[Tensor, Tensor]:
     """−∇J as one vector, and the loss and the mean entropy (2,)."""
     log_probs, entropy = policy.log_prob_and_entropy(states, actions)
     loss = policy_gradient_loss(log_probs, entropy, advantages, running, args.ent_coef)
@@ -389,7 +389,7 @@ def policy_gradient(policy: Policy, states, actions, advantages, running, args: 
 
 
 def policy_update(
-    policy: Policy, optimizer, states, actions, advantages, running, args: Args, gradient_of=policy_gradient
+    policy: Policy, optimizer, states, actions, advantages, running, args: Args, gradient_of=policy_loss_gradient
 ) -> Tensor:
     """One step along the policy gradient. Returns loss and mean entropy (2,) before it."""
     gradient, metrics = gradient_of(policy, states, actions, advantages, running, args)
@@ -426,7 +426,7 @@ def train(args: Args) -> dict:
         for module, lr in ((policy, args.learning_rate), (critic, args.value_learning_rate))
     )
     policy_gradient_of, value_gradient_of = (
-        compiled(x, device) if args.compile else x for x in (policy_gradient, value_gradient)
+        compiled(x, device) if args.compile else x for x in (policy_loss_gradient, value_gradient)
     )
     modules = {"policy": policy, "critic": critic, "optimizer": optimizer, "value_optimizer": value_optimizer}
     run = Run(args, rank, modules)

@@ -71,7 +71,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads for PyTorch; one is fastest for networks this small"""
     compile: bool = False
-    """compile the critic's update with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
+    """compile the critic's gradient with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
     output_dir: str = "runs"
     """folder that run directories are made in"""
     resume: str | None = None
@@ -425,8 +425,8 @@ def trpo_update(agent: ActorCritic, states, actions, advantages, args: Args) -> 
 def parameter_vector(module: nn.Module) -> nn.Parameter:
     """All parameters of `module` as one vector (P,), of which they become views.
 
-    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
-    another device, it has to go before.
+    Optimiser and gradient then take a few operations instead of a few per parameter. Call it once, after `module.to`
+    and before anything else keeps the weights; then step with `vector_step`, as each parameter's .grad goes unread.
     """
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -435,7 +435,7 @@ def parameter_vector(module: nn.Module) -> nn.Parameter:
 
 
 def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
-    """One step of an optimiser of one vector (P,) along a gradient."""
+    """One step of an optimiser of one vector (P,), down this gradient."""
     optimizer.param_groups[0]["params"][0].grad = gradient
     optimizer.step()
 
@@ -450,7 +450,7 @@ def critic_update(agent: ActorCritic, optimizer, states, returns, gradient_of=cr
     """One step of the optimiser of `parameter_vector(agent.critic)` on a minibatch. Returns the loss before it."""
     gradient, loss = gradient_of(agent, states, returns)
     vector_step(optimizer, gradient)
-    return loss
+    return average(loss)
 
 
 def shuffled_minibatches(batch: Sequence[Tensor], epochs: int, num_minibatches: int) -> Iterator[tuple[Tensor, ...]]:
@@ -528,7 +528,7 @@ def train(args: Args) -> dict:
             agent.observation_statistics.update(observations.flatten(0, 1))
 
         # Log.
-        losses["value_loss"] = average(torch.stack(value_losses).mean()).item()
+        losses["value_loss"] = torch.stack(value_losses).mean().item()
         losses["values"] = values.mean().item()
         losses["explained_variance"] = explained_variance(values, returns).item()
         run.log(losses, learning_rate=args.learning_rate)

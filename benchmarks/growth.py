@@ -1,6 +1,6 @@
 """How training speed grows with environments, network width and batch size, and memory with the replay buffer.
 
-    python benchmarks/growth.py            # 63 measurements, about a quarter of an hour; again after a kill: goes on
+    python benchmarks/growth.py            # 60 measurements, about a quarter of an hour; again after a kill: goes on
 
 Speed is measured as throughput.py does, here and in Stable-Baselines3, each in a process of its own: PPO on CartPole
 with 1 to 64 environments, SAC on HalfCheetah with layers of 64 to 1024 units and with minibatches of 32 to 1024. Memory
@@ -96,11 +96,17 @@ def in_process(*cell) -> float:
         return pool.submit(measured, *cell).result()
 
 
-def code_sha256(axis: str, size: int, setting: str) -> str:
-    """Of what is measured."""
+EVIDENCE = ("flags", "code_sha256")
+
+
+def evidence(cell: tuple[str, int, str]) -> dict[str, str]:
+    """Of what is measured: flags and steps, and the hash of the code."""
+    axis, size, setting = cell
     if axis == "buffer_size":
-        return source_sha256("sb3" if setting == "sb3" else "ours", "sac")
-    return source_sha256(*code_of(AXES[axis][size], setting))
+        return dict(zip(EVIDENCE, ("-", source_sha256("sb3" if setting == "sb3" else "ours", "sac"))))
+    work = AXES[axis][size]
+    flags = f"{work.flags} ({work.steps} steps after {work.warmup_steps})"
+    return dict(zip(EVIDENCE, (flags, source_sha256(*code_of(work, setting)))))
 
 
 def cells() -> list[tuple[str, int, str]]:
@@ -123,10 +129,10 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes; a script sets PyTorch's own number
     rows = pd.read_csv(path).set_index(KEY) if path.exists() else pd.DataFrame()
     todo = [cell for cell in cells() if args.only in cell[0]]
-    todo = [c for c in todo if c not in rows.index or rows["code_sha256"][c] != code_sha256(*c)]
+    todo = [c for c in todo if c not in rows.index or dict(rows.loc[c, [*EVIDENCE]]) != evidence(c)]
     for cell in (bar := tqdm(todo, unit="run")):
         bar.set_description(" ".join(map(str, cell)))
-        row = {"value": round(in_process(*cell), 1), "code_sha256": code_sha256(*cell)}
+        row = {"value": round(in_process(*cell), 1), **evidence(cell)}
         row = pd.DataFrame([row], index=pd.MultiIndex.from_tuples([cell], names=KEY))
         rows = pd.concat([rows.drop(index=[cell], errors="ignore"), row]).sort_index() if len(rows) else row
         rows.to_csv(path.with_suffix(".tmp"))

@@ -35,8 +35,8 @@ from estimates import (
     save,
     tidy,
 )
-from growth import AXES, BUFFER_SIZES
-from growth import code_sha256 as growth_code
+from growth import AXES, BUFFER_SIZES, EVIDENCE
+from growth import evidence as growth_evidence
 from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter, NullLocator
 from run import KEY, RESULTS, Cell, cells_of, present_code, read_runs, sb3_version, source_sha256
@@ -69,8 +69,8 @@ HEADLINE_SUITES = ("classic", "mujoco")
 EFFICIENCY = [("kfac", "CartPole-v1", 100_000), ("kfac", "Acrobot-v1", 100_000), ("kfac", "HalfCheetah-v5", 500_000)]
 """(algorithm, environment, steps) whose sample efficiency is compared with A2C's"""
 
-SAME_SOLUTION = (("ddpg", "td3", "sac"), "Pendulum-v1")
-"""algorithms that end with as good as the same policy, and where"""
+SAME_SOLUTION = (("ddpg", "td3", "sac"), "Pendulum-v1", 20_000)
+"""algorithms that end with as good as the same policy, where and after how many steps"""
 
 PUBLISHED = {
     ("ppo", "CartPole-v1"): "CleanRL 490 ± 6; Zoo 500",
@@ -172,10 +172,9 @@ are those of ended episodes, so with many environments and long episodes a curve
 """
 
 START_STATES = """\
-- {algos} on {env_id}: what differs between their seeds, and from the Zoo's figures over 750 episodes, is mostly the
-  evaluation's start states. The mean over these algorithms and both sides is, seed by seed,
-  {means}; within a seed they are {deviation} apart (standard
-  deviation, mean over the seeds).
+- {algos} on {env_id}: their mean over both sides is, seed by seed, {means}:
+  {between} apart (standard deviation), but within a seed {within}. So it is the evaluation's start states, the same for
+  all of them, that seeds differ by. The Zoo's figures are over 750 episodes.
 """
 
 THROUGHPUT = """
@@ -188,12 +187,12 @@ is faster than SB3; median [least, greatest] over the rounds. Compilation is not
 {table}
 
 - **over the best peer**: the faster setting over the fastest of SB3, CleanRL and SBX (JAX), which were measured beside
-  SB3 in another run ([throughput.py](throughput.py), `PEERS`); their ratio to SB3 is taken from there.
+  SB3 in another run ([throughput.py](throughput.py), `PEERS`); its ratio to SB3 is taken from there.
 - **environment**, **products**, **the rest**: what the faster setting's time goes into. The environments' part is what
-  they take alone, the products' what training's matrix products take at the rate that the machine reaches for
-  256 × 256; the rest is element-wise arithmetic, smaller products' lower rate, memory, and what PyTorch and Python take
-  to call it all.
-- **of the floor**: the first two over the whole; 1 is as fast as it gets with this environment on these cores.
+  they take alone with random actions, the products' what training's matrix products take at the rate that the machine
+  reaches for 256 × 256; the rest is element-wise arithmetic, smaller products' lower rate, memory, and what PyTorch and
+  Python take to call it all.
+- **of the floor**: the first two over the whole; 100% would be these two, one after the other, and nothing else.
 """
 
 GROWTH = """
@@ -201,9 +200,10 @@ GROWTH = """
 
 ![Steps per second and memory]({plot})
 
-From [growth.py](growth.py), one measurement a point{changed}. From left to right: PPO on CartPole-v1 (128 steps,
-4 epochs of 4 minibatches); SAC on HalfCheetah-v5 with two layers of that many units, minibatches of 256; with layers of
-256, minibatches of that many transitions; the memory of SAC's full replay buffer for HalfCheetah-v5{bytes}.
+From [growth.py](growth.py), one measurement a point{changed}. Environments: PPO on CartPole-v1, 128 steps of each to
+16 gradient steps, however many there are. Width: SAC on HalfCheetah-v5 with two layers of that many units and
+minibatches of 256. Batch size: the same with layers of 256. Buffer size: the memory of SAC's full replay buffer for
+HalfCheetah-v5{bytes}.
 """
 
 MODEL_BASED_THROUGHPUT = """
@@ -392,19 +392,23 @@ def comparison(algo: str, env_id: str, steps: int, runs: pd.DataFrame, cells: li
 
 
 def start_states(runs: pd.DataFrame) -> str:
-    """How much of SAME_SOLUTION's returns is the seed's, over seeds that all of them have; "" without such."""
-    algos, env_id = SAME_SOLUTION
+    """How much of SAME_SOLUTION's returns is the seed's, over seeds that all of them have; "" where it is not most."""
+    algos, env_id, steps = SAME_SOLUTION
     rows = runs.reset_index()
-    rows = rows[rows["algo"].isin(algos) & (rows["env_id"] == env_id)]
+    rows = rows[rows["algo"].isin(algos) & (rows["env_id"] == env_id) & (rows["total_timesteps"] == steps)]
     returns = rows.pivot(index="seed", columns=["algo", "impl"], values="eval_mean")
     returns = returns.dropna(axis=1, thresh=len(returns) // 2 + 1).dropna()  # without a side that has hardly begun
     if len(returns) < 2 or returns.shape[1] < 2:
+        return ""
+    between, within = returns.mean(axis=1).std(), returns.std(axis=1).mean()
+    if between < 2 * within:
         return ""
     return START_STATES.format(
         algos=", ".join(sorted({algo for algo, _ in returns})),
         env_id=env_id,
         means=", ".join(number(x, 0) for x in returns.mean(axis=1)),
-        deviation=number(returns.std(axis=1).mean(), 1),
+        between=number(between, 1),
+        within=number(within, 1),
     )
 
 
@@ -424,7 +428,7 @@ def run_table(runs: pd.DataFrame) -> str:
     )
 
 
-def speed_dagger(measurements: pd.DataFrame, work: str, settings: tuple[str, ...] = OUR_SETTINGS) -> str:
+def speed_dagger(measurements: pd.DataFrame, work: str, settings: tuple[str, ...] = (*OUR_SETTINGS, "sb3")) -> str:
     """ " †" where one of a work's settings was measured with other code or other flags."""
     rows = measurements[(measurements["work"] == work) & measurements["setting"].isin(settings)]
     known = work in WORKS and all(
@@ -453,7 +457,10 @@ def throughput_table(measurements: pd.DataFrame) -> str:
                 "work": work,
                 "rounds": int(best["rounds"]),
                 "SB3, steps/s": number(settings["steps/s"].get("sb3", np.nan), 0),
-                **{f"{x} over SB3": ratio(row) + speed_dagger(measurements, work, (x,)) for x, row in ours.items()},
+                **{
+                    f"{x} over SB3": ratio(row) + speed_dagger(measurements, work, (x, "sb3"))
+                    for x, row in ours.items()
+                },
                 "over the best peer": f"{best['median'] * sb3 / peer:.2f} ({name})" if name else "—",
                 **{title: f"{best[part]:.0%}" if best[part] > 0 else "—" for part, title in parts.items()},
                 "the rest": f"{1 - best['of floor']:.0%}" if best["of floor"] > 0 else "—",
@@ -498,7 +505,8 @@ def growth(results: Path) -> str:
     if not path.exists():
         return ""
     rows = pd.read_csv(path)
-    changed = any(growth_code(row.axis, row.size, row.setting) != row.code_sha256 for row in rows.itertuples())
+    keys = zip(rows["axis"], rows["size"], rows["setting"])
+    changed = any(now != was for now, was in zip(map(growth_evidence, keys), rows[[*EVIDENCE]].to_dict("records")))
     sizes = {axis: [*works] for axis, works in AXES.items()} | {"buffer_size": [*BUFFER_SIZES]}
     sizes = {axis: ticks for axis, ticks in sizes.items() if axis in set(rows["axis"])}
     figure, axes = plt.subplots(1, len(sizes), figsize=(4 * len(sizes), 3.4), squeeze=False, layout="constrained")

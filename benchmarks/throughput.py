@@ -6,11 +6,11 @@
 The settings alternate within a round, so that what else the machine does falls on all of them, and a ratio is
 taken over SB3 of the same round. Each measurement is a process of its own, on the CPU, with one PyTorch thread or as
 many as the work's flags ask for: it trains for the work's steps and takes the time between two boundaries of training
-iterations, the first of them after warm-up and compilation. Beside these, what bounds any implementation: the steps
-per second of the environments alone, and of training's matrix products alone at the rate that this machine reaches for
-256 × 256; one after the other they are the floor. MBPO, which SB3 does not have, is held against sac.py with the same
-flags: as it is, and without the time that its model takes, which leaves the updates. Writes
-benchmarks/results/throughput.csv and prints the ratios.
+iterations, the first of them after warm-up and compilation. Beside these, what any implementation has to do: the
+steps per second of the environments alone, with random actions, and of training's matrix products alone at the rate
+that this machine reaches for 256 × 256; one after the other they are the floor. MBPO, which SB3 does not have, is held
+against sac.py with the same flags: as it is, and without the time that its model takes, which leaves the updates.
+Writes benchmarks/results/throughput.csv and prints the ratios.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ PEERS = {
     "sac HalfCheetah": ("SBX", 125, 86),
 }
 """The fastest of SB3, CleanRL and SBX (JAX) at a work; its and SB3's steps per second, measured together on 2 CPU cores
-in November 2026."""
+in November 2026 with the work's settings. CleanRL and SBX are not installed here, and not measured again."""
 
 
 @dataclass
@@ -206,7 +206,10 @@ def per_second(boundaries: list[tuple[int, float]], start: int) -> float:
 
 
 def flops_per_step(algo: str, args) -> float:
-    """Floating-point operations in the matrix products of training, per environment step; overwrites two arguments."""
+    """Floating-point operations in the matrix products of training, per environment step.
+
+    Overwrites args.total_timesteps and the script's LOG_EVERY.
+    """
     module = importlib.import_module(algo)
     if hasattr(module, "LOG_EVERY"):
         module.LOG_EVERY = 1  # a boundary after every iteration

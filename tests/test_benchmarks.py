@@ -504,9 +504,13 @@ def test_start_states_are_what_seeds_differ_by():
     ]
     cells += [("ours", "sac", 1, -900.0), ("ours", "ppo", 1, -900.0)]
     runs = pd.DataFrame(cells, columns=["impl", "algo", "seed", "eval_mean"])
-    text = report.start_states(runs.assign(env_id="Pendulum-v1"))
-    assert "- td3 on Pendulum-v1" in text and "−172, −142;" in text and "they are 2.8 apart" in text
-    assert report.start_states(runs[runs["seed"] == 1].assign(env_id="Pendulum-v1")) == ""
+    runs = runs.assign(env_id="Pendulum-v1", total_timesteps=20_000)
+    text = report.start_states(pd.concat([runs, runs.assign(total_timesteps=100_000)]))
+    assert "- td3 on Pendulum-v1" in text and "−172, −142:" in text
+    assert "21.2 apart (standard deviation), but within a seed 2.8." in text
+    assert report.start_states(runs[runs["seed"] == 1]) == ""
+    apart = runs.assign(eval_mean=runs["eval_mean"] + 30 * (runs["impl"] == "ours"))
+    assert report.start_states(apart) == ""
 
 
 def test_the_headline_shows_what_is_slower_too(measured):
@@ -515,7 +519,8 @@ def test_the_headline_shows_what_is_slower_too(measured):
     speeds = pd.DataFrame(speeds, columns=["work", "setting", "round", "steps_per_second"])
     text = report.headline(runs, speeds.assign(code_sha256="older", flags=""))
     assert "| [a2c](algos/a2c.py) | 202.0 / 302.0 † | 0.5 × on CartPole † |" in text
-    now = speeds.assign(code_sha256=run.source_sha256("ours", "a2c"), flags=report.WORKS["a2c CartPole"].flags)
+    now = speeds.assign(flags=report.WORKS["a2c CartPole"].flags)
+    now["code_sha256"] = [run.source_sha256("sb3" if x == "sb3" else "ours", "a2c") for x in now["setting"]]
     assert "| 0.5 × on CartPole |" in report.headline(runs, now)
 
 

@@ -1048,21 +1048,22 @@ def actor_critic(module):
 
 
 def ppo_step(agent, optimizer, part):
-    args = ppo.Args(normalize_advantages=False, target_kl=1e9)  # by metrics that are to be the same everywhere
+    args = ppo.Args(normalize_advantages=False)
     return ppo.ppo_update(agent, optimizer, ppo.PPOBatch(*part), 0.2, args)[0]
 
 
 def a2c_step(agent, optimizer, part):
     states, actions, rewards, signs, *_ = part
     rollout = a2c.Rollout(states, states.roll(1, 1), actions, rewards, signs > 1, signs > 2)
-    a2c.a2c_update(agent, optimizer, a2c.Rollout(*(x.unsqueeze(0) for x in rollout)), a2c.Args())
+    metrics = a2c.a2c_update(agent, optimizer, a2c.Rollout(*(x.unsqueeze(0) for x in rollout)), a2c.Args())
+    return metrics[:-1]  # of the variances in the last one there is no mean
 
 
 def trpo_step(agent, optimizer, part):
     states, actions, _, _, advantages, returns = part
     metrics = trpo.trpo_update(agent, states, actions, advantages, trpo.Args(normalize_advantages=False))
     assert metrics["step_fraction"] > 0
-    trpo.critic_update(agent, optimizer, states, returns)
+    return trpo.critic_update(agent, optimizer, states, returns)
 
 
 def kfac_step(agent, _, part):

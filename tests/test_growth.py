@@ -21,8 +21,7 @@ def test_a_size_is_what_the_script_is_run_with():
         for size, work in works.items():
             flag = {"num_envs": f"--num-envs {size} ", "width": f"-sizes {size} {size} ", "batch_size": f"-size {size}"}
             assert flag[axis] in work.flags + " "
-            rollout = 128 * size if axis == "num_envs" else 1
-            assert work.steps % rollout == 0 and work.warmup_steps % rollout == 0
+            assert axis != "num_envs" or work.steps % (128 * size) == work.warmup_steps % (128 * size) == 0
 
 
 @pytest.mark.parametrize("setting", ["eager", "sb3"])
@@ -36,8 +35,8 @@ def test_a_short_training_is_timed(monkeypatch, setting):
 def test_what_is_measured_already_is_left_alone(monkeypatch, tmp_path):
     """Of the memory's six cells one is up to date, one was measured with older code."""
     cells = [("buffer_size", size, setting) for size in growth.BUFFER_SIZES for setting in growth.MEMORY_SETTINGS]
-    rows = pd.DataFrame([(*cells[0], 1.0, growth.code_sha256(*cells[0])), (*cells[1], 2.0, "older")])
-    rows.columns = [*growth.KEY, "value", "code_sha256"]
+    rows = [(*cells[0], 1.0, *growth.evidence(cells[0]).values()), (*cells[1], 2.0, "-", "older")]
+    rows = pd.DataFrame(rows, columns=[*growth.KEY, "value", *growth.EVIDENCE])
     rows.to_csv(tmp_path / "growth.csv", index=False)
     asked = []
     monkeypatch.setattr(growth, "in_process", lambda *cell: asked.append(cell) or 7.0)
@@ -50,12 +49,14 @@ def test_what_is_measured_already_is_left_alone(monkeypatch, tmp_path):
 
 def test_the_section_of_the_page(tmp_path):
     (tmp_path / "results").mkdir()
-    rows = [(*cell, 160e6 if cell[0] == "buffer_size" else 10.0, growth.code_sha256(*cell)) for cell in growth.cells()]
-    rows = pd.DataFrame(rows, columns=[*growth.KEY, "value", "code_sha256"])
+    values = {"buffer_size": 160e6}
+    rows = [(*cell, values.get(cell[0], 10.0), *growth.evidence(cell).values()) for cell in growth.cells()]
+    rows = pd.DataFrame(rows, columns=[*growth.KEY, "value", *growth.EVIDENCE])
     rows.to_csv(tmp_path / "results" / "growth.csv", index=False)
     section = report.growth(tmp_path / "results")
     assert "bytes a transition: ours, eager 160, Stable-Baselines3 160" in section and "†" not in section
     assert (tmp_path / "plots" / "growth.png").stat().st_size > 10_000
-    rows.iloc[:1].assign(code_sha256="older").to_csv(tmp_path / "results" / "growth.csv", index=False)
-    assert "†: some with older code" in report.growth(tmp_path / "results")
+    for changed in (dict(code_sha256="older"), dict(flags="others")):
+        rows.iloc[:1].assign(**changed).to_csv(tmp_path / "results" / "growth.csv", index=False)
+        assert "†: some with older code" in report.growth(tmp_path / "results")
     assert report.growth(tmp_path) == ""
