@@ -5,6 +5,7 @@ from pathlib import Path
 import a2c
 import ddpg
 import dqn
+import grpo
 import kfac
 import numpy as np
 import ppo
@@ -106,3 +107,19 @@ def test_ppo_learns_with_normalised_observations_and_rewards():
     flags = ["--normalize-observations", "--normalize-rewards", "--total-timesteps", 25_000]
     result = train(ppo, *flags)
     assert result["returns"].mean() > 300
+
+
+@pytest.mark.parametrize("algo", [ppo, a2c, grpo], ids=lambda algo: algo.__name__)
+@pytest.mark.parametrize("anneal", [True, False])
+def test_every_step_is_taken_with_the_learning_rate_of_its_iteration(algo, anneal, monkeypatch):
+    """lr (1 − steps so far / all), or lr."""
+    rates, begins, step, interrupted = [], [], algo.vector_step, algo.Run.interrupted
+    monkeypatch.setattr(algo.Run, "interrupted", lambda run: begins.append(run.step) or interrupted(run))
+    monkeypatch.setattr(
+        algo, "vector_step", lambda optimizer, g: rates.append(optimizer.param_groups[0]["lr"]) or step(optimizer, g)
+    )
+    flags = ["--num-steps", 8] if algo is not grpo else ["--groups", 2, "--group-size", 2]
+    flags += ["--total-timesteps", 200, "--num-envs", 4, "--learning-rate", 0.02, "--eval-episodes", 1]
+    train(algo, *flags, "--anneal-lr" if anneal else "--no-anneal-lr")
+    expected = [0.02 * (1 - step / 200 if anneal else 1) for step in begins]
+    assert len(expected) > 1 and list(dict.fromkeys(rates)) == pytest.approx(list(dict.fromkeys(expected)))

@@ -33,6 +33,11 @@ def test_the_page_says_what_bounds_the_faster_setting(monkeypatch):
     table = report.throughput_table(rows)
     both = "2.00 [2.00, 2.00] † | 3.00 [3.00, 3.00] †"
     assert f"| {work} | 1 | 10 | {both} | 2.00 (Peer) | 30% | 20% | 10% | 70% |" in table
+    now = {x: report.source_sha256(*throughput.code_of(throughput.WORKS[work], x)) for x in speeds}
+    fresh = rows.assign(code_sha256=rows["setting"].map(now), flags=throughput.WORKS[work].flags)
+    assert "†" not in report.throughput_table(fresh)
+    fresh.loc[fresh["setting"] == "sb3", "code_sha256"] = "older"
+    assert both in report.throughput_table(fresh)
     bare = report.throughput_table(rows[rows["setting"].isin(["eager", "sb3"])].assign(work="other"))
     assert "| other | 1 | 10 | 2.00 [2.00, 2.00] † | — | — | — | — | — |" in bare
 
