@@ -21,7 +21,7 @@ Against Stable-Baselines3: the same update (parameters agree to 1e-5 after sever
 SB3's VecNormalize moves its statistics at every step, here they move once per rollout.
 
     python algos/ppo.py                              # CartPole-v1, 100k steps: half a minute, 500 of 500
-    python algos/ppo.py --env-id Pendulum-v1         # with its recommended settings: −194, IQM of 10 seeds
+    python algos/ppo.py --env-id Pendulum-v1         # with its recommended settings: −190, IQM of 10 seeds
     python algos/ppo.py --env-id Hopper-v5 --seed 3  # everything measured is in benchmarks/README.md
     python algos/ppo.py --resume runs/Hopper-v5__ppo__3__…
     torchrun --nproc-per-node 2 algos/ppo.py         # data parallel: each process has its own environments

@@ -1,6 +1,6 @@
 """How training speed grows with environments, network width and batch size, and memory with the replay buffer.
 
-    python benchmarks/growth.py            # 60 measurements, about a quarter of an hour; again after a kill: goes on
+    python benchmarks/growth.py            # 60 measurements; again after a kill: goes on
 
 Speed is measured as throughput.py does, here and in Stable-Baselines3, each in a process of its own: PPO on CartPole
 with 1 to 64 environments, SAC on HalfCheetah with layers of 64 to 1024 units and with minibatches of 32 to 1024. Memory
