@@ -12,6 +12,7 @@ import importlib
 import multiprocessing
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,16 +85,10 @@ def buffer_bytes(size: int, setting: str) -> int:
     return resident_bytes() - before
 
 
-def measured(axis: str, size: int, setting: str) -> float:
+def measured(axis: str, size: int, setting: str) -> dict[str, float]:
     """Steps per second or, along the axis "buffer_size", bytes."""
-    return buffer_bytes(size, setting) if axis == "buffer_size" else steps_per_second(axis, size, setting)
-
-
-def in_process(*cell) -> float:
-    """`measured` in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(measured, *cell).result()
+    value = buffer_bytes(size, setting) if axis == "buffer_size" else steps_per_second(axis, size, setting)
+    return {"value": round(value, 1)}
 
 
 EVIDENCE = ("flags", "code_sha256")
@@ -115,6 +110,31 @@ def cells() -> list[tuple[str, int, str]]:
     return speed + [("buffer_size", size, setting) for size in BUFFER_SIZES for setting in MEMORY_SETTINGS]
 
 
+def in_process(function: Callable, *args):
+    """The function's result, from a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def measure_missing(path: Path, key: list[str], cells: list[tuple], measured: Callable, evidence: Callable):
+    """Measures, each in a process of its own, the cells that the CSV at `path` lacks or has with other evidence.
+
+    `key` names the columns of a cell; `measured` and `evidence` make a row's others from it. Returns all rows.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes; a script sets PyTorch's own number
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = pd.read_csv(path).set_index(key) if path.exists() else pd.DataFrame()
+    todo = [c for c in cells if c not in rows.index or dict(rows.loc[c, [*evidence(c)]]) != evidence(c)]
+    for cell in (bar := tqdm(todo, unit="run")):
+        bar.set_description(" ".join(map(str, cell)))
+        row = in_process(measured, *cell) | evidence(cell)
+        row = pd.DataFrame([row], index=pd.MultiIndex.from_tuples([cell], names=key))
+        rows = pd.concat([rows.drop(index=[cell], errors="ignore"), row]).sort_index() if len(rows) else row
+        rows.to_csv(path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)  # a kill leaves the old file whole
+    return rows
+
+
 @dataclass
 class Args:
     only: str = ""
@@ -125,18 +145,8 @@ class Args:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    path = args.results / "growth.csv"
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes; a script sets PyTorch's own number
-    rows = pd.read_csv(path).set_index(KEY) if path.exists() else pd.DataFrame()
     todo = [cell for cell in cells() if args.only in cell[0]]
-    todo = [c for c in todo if c not in rows.index or dict(rows.loc[c, [*EVIDENCE]]) != evidence(c)]
-    for cell in (bar := tqdm(todo, unit="run")):
-        bar.set_description(" ".join(map(str, cell)))
-        row = {"value": round(in_process(*cell), 1), **evidence(cell)}
-        row = pd.DataFrame([row], index=pd.MultiIndex.from_tuples([cell], names=KEY))
-        rows = pd.concat([rows.drop(index=[cell], errors="ignore"), row]).sort_index() if len(rows) else row
-        rows.to_csv(path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)  # a kill leaves the old file whole
+    rows = measure_missing(args.results / "growth.csv", KEY, todo, measured, evidence)
     print(rows["value"].unstack("setting").to_string() if len(rows) else "nothing to measure")
 
 

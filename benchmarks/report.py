@@ -14,6 +14,8 @@ import pandas as pd
 import tyro
 from aggregate import REFERENCES, paired, plot_aggregate, stratified
 from aggregate import measured as measured_on_both_sides
+from breakdown import PARTS
+from breakdown import evidence as breakdown_evidence
 from compounding_error import ERROR, HORIZONS
 from compounding_error import LABELS as LEDGE_LABELS
 from estimates import (
@@ -38,7 +40,7 @@ from estimates import (
 from growth import AXES, BUFFER_SIZES, EVIDENCE
 from growth import evidence as growth_evidence
 from matplotlib import pyplot as plt
-from matplotlib.ticker import EngFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, NullLocator, PercentFormatter
 from run import KEY, RESULTS, Cell, cells_of, present_code, read_runs, sb3_version, source_sha256
 from sb3 import MODELS
 from steps_to_solve import ENV_ID, EPISODES, EVERY, SIDES, SOLVED
@@ -62,6 +64,8 @@ GROWING = {
     "compile": dict(label="ours, compiled", color="#009E73", linestyle="-."),
     "sb3": dict(label="Stable-Baselines3", color="#D55E00", linestyle="--"),
 }
+PART_COLOURS = ["#009E73", "#F0E442", "#0072B2", "#56B4E9", "#CC79A7", "#BBBBBB"]
+"""of breakdown.py's parts, and of the rest"""
 OUR_SETTINGS = ("eager", "compile")
 """of throughput.py, beside SB3's"""
 HEADLINE_SUITES = ("classic", "mujoco")
@@ -195,6 +199,20 @@ is faster than SB3; median [least, greatest] over the rounds. Compilation is not
 - **of the floor**: the first two over the whole; 100% would be these two, one after the other, and nothing else.
 """
 
+BREAKDOWN = """
+### Where a step's time goes
+
+![Microseconds per environment step, by parts]({plot})
+
+From [breakdown.py](breakdown.py), one training each: microseconds per environment step, and the part of them that is
+spent in each place{changed}. The rest is acting, estimating advantages, drawing minibatches of a rollout, and Python
+between them; TRPO's gradient includes the search for its step. Environments, in training and alone: the same step, with
+whatever training does between two of them, and over and over by itself, from the processor's caches. All else that
+runs rarely and touches much memory pays in the same way.
+
+{table}
+"""
+
 GROWTH = """
 ### With environments, width, batch size
 
@@ -305,6 +323,7 @@ REPRODUCE = """
 ```
 {commands}
 python benchmarks/throughput.py
+python benchmarks/breakdown.py
 python benchmarks/growth.py
 python benchmarks/compounding_error.py --workers 2
 python benchmarks/steps_to_solve.py --workers 2
@@ -497,6 +516,41 @@ def throughput_section(measurements: pd.DataFrame) -> str:
             table=model_based_table(rows),
         )
     return section
+
+
+def breakdown(results: Path) -> str:
+    """The section on breakdown.csv, "" without it; draws its plot."""
+    path = results / "breakdown.csv"
+    if not path.exists():
+        return ""
+    parts, table = [*PARTS, "the rest"], []
+    rows = pd.read_csv(path).set_index(["work", "setting"])
+    rows = rows.reindex(sorted(rows.index, key=lambda cell: ([*WORKS].index(cell[0]), OUR_SETTINGS.index(cell[1]))))
+    for (work, setting), row in rows.iterrows():
+        current = breakdown_evidence((work, setting)) == dict(row[[*EVIDENCE]])
+        table.append(
+            {
+                "work": work,
+                "setting": setting + ("" if current else " †"),
+                "µs a step": number(row["whole"], 0),
+                **{part: f"{row[part] / row['whole']:.0%}" if row[part] > 0 else "—" for part in parts},
+                "environments, µs in training": number(row["environment"], 0),
+                "µs alone": number(row["environment alone"], 0),
+            }
+        )
+    figure, ax = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.2), layout="constrained")
+    shares = rows[parts].div(rows["whole"], axis=0)[::-1]
+    shares.index = [f"{work}, {setting}" for work, setting in shares.index]
+    shares.plot.barh(stacked=True, ax=ax, color=PART_COLOURS, width=0.8)
+    for y, whole in enumerate(rows["whole"][::-1]):
+        ax.text(1.01, y, f"{whole:,.0f} µs", va="center", fontsize=8)
+    tidy(ax, "part of the time", "")
+    ax.set_xlim(0, 1)
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.legend(frameon=False, ncols=len(parts), loc="lower center", bbox_to_anchor=(0.4, 1), fontsize=8)
+    save(figure, results.parent / "plots" / "breakdown.png")
+    changed = "; † with older code" if any("†" in row["setting"] for row in table) else ""
+    return BREAKDOWN.format(plot="plots/breakdown.png", changed=changed, table=markdown(table))
 
 
 def growth(results: Path) -> str:
@@ -843,7 +897,7 @@ def main() -> None:
     page += compounding(args.results)
     throughput = args.results / "throughput.csv"
     if throughput.exists():
-        page += throughput_section(pd.read_csv(throughput)) + growth(args.results)
+        page += throughput_section(pd.read_csv(throughput)) + breakdown(args.results) + growth(args.results)
         put_into(args.results.parent.parent / "README.md", headline(runs, pd.read_csv(throughput)))
     commands = "\n".join(f"python benchmarks/run.py {suite} --workers 2" for suite in suites)
     page += REPRODUCE.format(commands=commands, example=Cell(*runs.index[0]).name)

@@ -198,11 +198,17 @@ def boundaries_sb3(algo: str, args) -> list[tuple[int, float]]:
     return boundaries
 
 
-def per_second(boundaries: list[tuple[int, float]], start: int) -> float:
-    """Steps per unit of the clock, from the first boundary at or after step `start` to the last one."""
+def passed(boundaries: list[tuple[int, float]], start: int) -> tuple[int, float]:
+    """Steps, and what the clock has advanced, from the first boundary at or after step `start` to the last one."""
     measured = [(step, clock) for step, clock in boundaries if step >= start]
     (first_step, first), (last_step, last) = measured[0], measured[-1]
-    return (last_step - first_step) / (last - first)
+    return last_step - first_step, last - first
+
+
+def per_second(boundaries: list[tuple[int, float]], start: int) -> float:
+    """Steps per unit of the clock, from the first boundary at or after step `start` to the last one."""
+    steps, seconds = passed(boundaries, start)
+    return steps / seconds
 
 
 def flops_per_step(algo: str, args) -> float:
@@ -243,13 +249,17 @@ def matrix_flops_per_second(threads: int) -> float:
     return 2 * 256**3 / timer.blocked_autorange(min_run_time=2).median
 
 
+def arguments(work: Work, setting: str, folder: str):
+    """The script's Args, with run directories in `folder`."""
+    argv = f"{work.flags} --total-timesteps {work.warmup_steps + work.steps} --eval-episodes 1 --device cpu".split()
+    argv += ["--output-dir", folder] + (["--compile"] if setting == "compile" else [])
+    return parse_args(code_of(work, setting)[1], argv)
+
+
 def measure(work: Work, setting: str) -> float:
     """Environment steps per second of one training, or of a part of its floor, in this process."""
     with tempfile.TemporaryDirectory() as folder:
-        argv = f"{work.flags} --total-timesteps {work.warmup_steps + work.steps} --eval-episodes 1 --device cpu".split()
-        argv += ["--output-dir", folder] + (["--compile"] if setting == "compile" else [])
-        algo = code_of(work, setting)[1]
-        args = parse_args(algo, argv)
+        algo, args = code_of(work, setting)[1], arguments(work, setting, folder)
         if setting == "environment":
             return environment_steps_per_second(algo, args)
         if setting == "products":

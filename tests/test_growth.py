@@ -12,7 +12,7 @@ from throughput import Work
 )
 def test_the_memory_of_a_full_buffer(setting, bytes_each):
     """Two observations of 17 numbers, which SB3 keeps as float64, 6 of an action, a reward and two flags."""
-    measured = growth.in_process("buffer_size", 200_000, setting)
+    measured = growth.in_process(growth.buffer_bytes, 200_000, setting)
     assert measured == pytest.approx(200_000 * bytes_each, rel=0.15)
 
 
@@ -39,7 +39,7 @@ def test_what_is_measured_already_is_left_alone(monkeypatch, tmp_path):
     rows = pd.DataFrame(rows, columns=[*growth.KEY, "value", *growth.EVIDENCE])
     rows.to_csv(tmp_path / "growth.csv", index=False)
     asked = []
-    monkeypatch.setattr(growth, "in_process", lambda *cell: asked.append(cell) or 7.0)
+    monkeypatch.setattr(growth, "in_process", lambda _, *cell: asked.append(cell) or {"value": 7.0})
     monkeypatch.setattr("sys.argv", ["", "--only", "buffer", "--results", str(tmp_path)])
     growth.main()
     assert asked == cells[1:]

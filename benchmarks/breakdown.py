@@ -1,0 +1,119 @@
+"""Where a training step's time goes: the environments, the replay buffer, the gradient, the optimiser, the rest.
+
+    python benchmarks/breakdown.py                 # every work of throughput.py; again after a kill: goes on
+    python benchmarks/breakdown.py --only dqn
+
+A script trains as for throughput.py while clocks stand around the functions that it calls, which cost it about a
+microsecond each. What no clock has seen is acting, estimating advantages, drawing minibatches of a rollout, and Python
+between them. Beside these, how long the environments take for a step by themselves, over and over: within training
+they take longer, because whatever comes between two steps drives their code and state out of the processor's caches.
+Each measurement is a process of its own and a row of results/breakdown.csv, in microseconds per environment step.
+"""
+
+import contextlib
+import functools
+import importlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from unittest.mock import patch
+
+import numpy as np
+import tyro
+from growth import measure_missing
+from run import RESULTS, source_sha256
+from throughput import WORKS, arguments, boundaries_ours, code_of, environment_steps_per_second, passed
+
+KEY = ["work", "setting"]
+EVIDENCE = ("flags", "code_sha256")
+SETTINGS = ("eager", "compile")
+PARTS = {
+    "environment": ("step_envs", "step_pixel_envs"),
+    "replay buffer": ("ReplayBuffer.add", "ReplayBuffer.draw_rows", "ReplayBuffer.get"),
+    "gradient": (
+        *(f"{algo}_gradient" for algo in ("ppo", "a2c", "dqn")),
+        *(f"{algo}_{part}_gradient" for algo in ("ddpg", "td3", "sac") for part in ("critic", "actor")),
+        *("critic_gradient", "trpo_update", "pixel_ppo_update"),
+    ),
+    "optimiser": ("vector_step",),
+    "target networks": ("polyak_update",),
+}
+"""Functions of the scripts, none of which calls another of them. TRPO's gradient includes the step along it that is
+searched for, that of PPO on pixels the optimiser."""
+
+
+@contextlib.contextmanager
+def clocks(script) -> Iterator[Callable[[], np.ndarray]]:
+    """Within it, a function gives the time and the seconds spent so far in each of PARTS."""
+    spent = Counter()
+
+    def timed(function: Callable, part: str) -> Callable:
+        @functools.wraps(function)
+        def clocked(*args, **kwargs):
+            began = perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[part] += perf_counter() - began
+
+        clocked.part = part
+        return clocked
+
+    compiled = script.compiled
+    with contextlib.ExitStack() as stack:
+        for part, names in PARTS.items():
+            for name in names:
+                owner = getattr(script, "ReplayBuffer", None) if "." in name else script
+                name = name.split(".")[-1]
+                if hasattr(owner, name):
+                    stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), part)))
+        if hasattr(script, "GRADIENTS"):
+            gradients = tuple(getattr(script, function.__name__) for function in script.GRADIENTS)
+            stack.enter_context(patch.object(script, "GRADIENTS", gradients))
+        # The clock stands outside of what is compiled.
+        recompiled = lambda function, device: timed(compiled(function.__wrapped__, device), function.part)  # noqa: E731
+        stack.enter_context(patch.object(script, "compiled", recompiled))
+        yield lambda: np.array([perf_counter(), *(spent[part] for part in PARTS)])
+
+
+def measured(name: str, setting: str) -> dict[str, float]:
+    """Microseconds per environment step: in all, of each part, and of the environments alone."""
+    work = WORKS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments(work, setting, folder)
+        with clocks(importlib.import_module(work.algo)) as clock:
+            boundaries = boundaries_ours(work.algo, args, clock)
+        alone = 1 / environment_steps_per_second(work.algo, args)
+    steps, times = passed(boundaries, work.warmup_steps)
+    whole, *parts = times / steps
+    seconds = {"whole": whole, **dict(zip(PARTS, parts)), "the rest": whole - sum(parts), "environment alone": alone}
+    return {part: round(1e6 * x, 1) for part, x in seconds.items()}
+
+
+def evidence(cell: tuple[str, str]) -> dict[str, str]:
+    """Of what is measured: flags, and the hash of the code."""
+    work = WORKS[cell[0]]
+    return dict(zip(EVIDENCE, (work.flags, source_sha256(*code_of(work, cell[1])))))
+
+
+@dataclass
+class Args:
+    only: str = ""
+    """only works with this in their name"""
+    results: Path = RESULTS
+    """folder of breakdown.csv"""
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    works = [name for name, work in WORKS.items() if args.only in name and {*SETTINGS} <= {*work.settings}]
+    cells = [(name, setting) for name in works for setting in SETTINGS]
+    rows = measure_missing(args.results / "breakdown.csv", KEY, cells, measured, evidence)
+    print(rows.drop(columns=[*EVIDENCE]).to_string() if len(rows) else "nothing to measure")
+
+
+if __name__ == "__main__":
+    main()
