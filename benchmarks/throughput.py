@@ -65,7 +65,8 @@ WORKS = {
     ),
     "ppo HalfCheetah": Work(
         algo="ppo",
-        flags="--env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --update-epochs 10 --num-minibatches 32",
+        flags="--env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --update-epochs 10 --num-minibatches 32"
+        " --no-normalize-observations --no-normalize-rewards",
         warmup_steps=2 * 2048,
         steps=10 * 2048,
     ),
@@ -84,8 +85,8 @@ WORKS = {
     ),
     "dqn CartPole": Work(
         algo="dqn",
-        flags="--env-id CartPole-v1 --no-double --hidden-sizes 120 84 --batch-size 128 --train-frequency 1"
-        " --gradient-steps 1 --learning-starts 1000",
+        flags="--env-id CartPole-v1 --no-double --hidden-sizes 120 84 --batch-size 128 --n-step 1"
+        " --train-frequency 1 --gradient-steps 1 --learning-starts 1000",
         warmup_steps=3_000,
         steps=12_000,
     ),
