@@ -176,12 +176,20 @@ class QNetwork(nn.Module):
         self.one_hot = isinstance(observation_space, Discrete)
         inputs = int(observation_space.n) if self.one_hot else observation_space.shape[0]
         self.network = relu_mlp([inputs, *hidden_sizes, int(action_space.n)])
+        self.layers = [(layer.weight, layer.bias) for layer in self.network if isinstance(layer, nn.Linear)]
 
-    def q_values(self, obs: Tensor) -> Tensor:
-        """Q(s, ·), shape (…, A)."""
+    def encode(self, obs: Tensor) -> Tensor:
+        """Observations → states (…, D): one-hot for a Discrete space."""
         if self.one_hot:
             obs = F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n))
-        return self.network(obs.float())
+        return obs.float()
+
+    def q_values(self, obs: Tensor) -> Tensor:
+        """Q(s, ·), shape (…, A): what `network` gives, without calling its modules, a tenth of training's time."""
+        x = self.encode(obs)
+        for weight, bias in self.layers[:-1]:
+            x = F.linear(x, weight, bias).relu_()
+        return F.linear(x, *self.layers[-1])
 
     def to_env(self, actions: Tensor) -> Tensor:
         """What the environment takes: indices moved to the space's start."""
@@ -189,7 +197,7 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """The action of highest value."""
-        return self.to_env(self.q_values(obs).argmax(-1))
+        return self.to_env(self.network(self.encode(obs)).argmax(-1))
 
 
 # Replay -----------------------------------------------------------------------------------------------------

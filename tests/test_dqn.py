@@ -78,6 +78,19 @@ def network_and_batch(size=32):
     return network, target.requires_grad_(False), buffer.get(torch.arange(size))
 
 
+def test_q_values_are_those_of_the_modules_bit_for_bit():
+    """Along one vector, in a copy, after a step, and with loaded weights."""
+    network, target, batch = network_and_batch()
+    optimizer = dqn.vector_adam(network, 0.1)
+    twin = copy.deepcopy(network)
+    dqn.dqn_update(network, target, optimizer, batch, 0.9, dqn.Args())
+    q_values, of_twin = network.q_values(batch.observations), twin.q_values(batch.observations)
+    assert torch.equal(q_values, network.network(batch.observations))
+    assert torch.equal(of_twin, twin.network(batch.observations)) and not torch.equal(of_twin, q_values)
+    twin.load_state_dict(network.state_dict())
+    assert torch.equal(twin.q_values(batch.observations), q_values)
+
+
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("loss", ["huber", "squared"])
 def test_loss_and_its_gradient_against_the_definition(double, loss):
