@@ -40,7 +40,7 @@ from estimates import (
 from growth import AXES, BUFFER_SIZES, EVIDENCE
 from growth import evidence as growth_evidence
 from matplotlib import pyplot as plt
-from matplotlib.ticker import EngFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, PercentFormatter
 from run import KEY, RESULTS, Cell, cells_of, present_code, read_runs, sb3_version, source_sha256
 from sb3 import MODELS
 from steps_to_solve import ENV_ID, EPISODES, EVERY, SIDES, SOLVED
@@ -191,7 +191,8 @@ is faster than SB3; median [least, greatest] over the rounds. Compilation is not
 {table}
 
 - **over the best peer**: the faster setting over the fastest of SB3, CleanRL and SBX (JAX), which were measured beside
-  SB3 in another run ([throughput.py](throughput.py), `PEERS`); its ratio to SB3 is taken from there.
+  SB3 in another run ([throughput.py](throughput.py), `PEERS`); its ratio to SB3 is taken from there. CleanRL's DDPG
+  updates its policy with every second step only, unless told otherwise: a quarter less arithmetic than here and in SB3.
 - **environment**, **products**, **the rest**: what the faster setting's time goes into. The environments' part is what
   they take alone with random actions, the products' what training's matrix products take at the rate that the machine
   reaches for 256 × 256; the rest is element-wise arithmetic, smaller products' lower rate, memory, and what PyTorch and
@@ -545,6 +546,7 @@ def breakdown(results: Path) -> str:
     for y, whole in enumerate(rows["whole"][::-1]):
         ax.text(1.01, y, f"{whole:,.0f} µs", va="center", fontsize=8)
     tidy(ax, "part of the time", "")
+    ax.grid(visible=False)
     ax.set_xlim(0, 1)
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(frameon=False, ncols=len(parts), loc="lower center", bbox_to_anchor=(0.4, 1), fontsize=8)
@@ -572,8 +574,12 @@ def growth(results: Path) -> str:
                 ax.plot(values.index, values[setting], marker="o", markersize=4, **style)
         ax.set_xscale("log")
         ax.set_yscale("log")
-        ax.set_xticks(ticks, [EngFormatter(sep="")(x) for x in ticks], minor=False)
-        ax.xaxis.set_minor_locator(NullLocator())
+        labels = [EngFormatter(sep="")(x) if axis == "buffer_size" else str(x) for x in ticks]
+        ax.set_xticks(ticks, labels, minor=False)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(EngFormatter(sep=""))
+        for either in (ax.xaxis, ax.yaxis):
+            either.set_minor_locator(NullLocator())
         unit = "MB" if axis == "buffer_size" else "environment steps/s"
         tidy(ax, axis.replace("_", " ").replace("num envs", "environments"), unit)
     save(figure, results.parent / "plots" / "growth.png")
