@@ -4,15 +4,16 @@
     python benchmarks/breakdown.py --only dqn
 
 A script trains as for throughput.py while clocks stand around the functions that it calls, which cost it about a
-microsecond each. What no clock has seen is acting, estimating advantages, drawing minibatches of a rollout, and Python
-between them. Beside these, how long the environments take for a step by themselves, over and over: within training
-they take longer, because whatever comes between two steps drives their code and state out of the processor's caches.
-Each measurement is a process of its own and a row of results/breakdown.csv, in microseconds per environment step.
+microsecond each. What no clock has seen is acting, estimating advantages, drawing minibatches of a rollout, logging,
+and Python between them. Beside these, how long the environments take when nothing happens between two steps, with
+random actions. Each measurement is a process of its own, of half a minute on an idle machine, and a row of
+results/breakdown.csv, in microseconds per environment step.
 """
 
 import contextlib
 import functools
 import importlib
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,10 +23,11 @@ from time import perf_counter
 from unittest.mock import patch
 
 import numpy as np
+import torch
 import tyro
 from growth import measure_missing
 from run import RESULTS, source_sha256
-from throughput import WORKS, arguments, boundaries_ours, code_of, environment_steps_per_second, passed
+from throughput import WORKS, arguments, boundaries_ours, code_of, passed
 
 KEY = ["work", "setting"]
 EVIDENCE = ("flags", "code_sha256")
@@ -41,23 +43,25 @@ PARTS = {
     "optimiser": ("vector_step",),
     "target networks": ("polyak_update",),
 }
-"""Functions of the scripts, none of which calls another of them. TRPO's gradient includes the step along it that is
+"""Functions of the scripts, none of which may call another of them. TRPO's gradient includes the step along it that is
 searched for, that of PPO on pixels the optimiser."""
 
 
 @contextlib.contextmanager
 def clocks(script) -> Iterator[Callable[[], np.ndarray]]:
     """Within it, a function gives the time and the seconds spent so far in each of PARTS."""
-    spent = Counter()
+    spent, running = Counter(), []
 
     def timed(function: Callable, part: str) -> Callable:
         @functools.wraps(function)
         def clocked(*args, **kwargs):
+            assert not running, f"{function.__name__} within {running}: its time would count twice"
+            running.append(function.__name__)
             began = perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent[part] += perf_counter() - began
+            result = function(*args, **kwargs)
+            spent[part] += perf_counter() - began
+            running.pop()
+            return result
 
         clocked.part = part
         return clocked
@@ -79,14 +83,31 @@ def clocks(script) -> Iterator[Callable[[], np.ndarray]]:
         yield lambda: np.array([perf_counter(), *(spent[part] for part in PARTS)])
 
 
+def seconds_alone(script, args) -> float:
+    """An environment step's, over 2 seconds of random actions and nothing else, as the script takes it."""
+    step = getattr(script, "step_pixel_envs", None) or script.step_envs
+    envs = getattr(script, "make_pixel_envs", None) or script.make_envs
+    envs = envs(args, args.num_envs)
+    envs.action_space.seed(0)
+    envs.reset(seed=0)
+    actions = [torch.as_tensor(envs.action_space.sample()) for _ in range(100)]
+    steps, start = 0, perf_counter()
+    while perf_counter() < start + 2:
+        step(envs, actions[steps % len(actions)])
+        steps += 1
+    envs.close()
+    return (perf_counter() - start) / (steps * args.num_envs)
+
+
 def measured(name: str, setting: str) -> dict[str, float]:
     """Microseconds per environment step: in all, of each part, and of the environments alone."""
     work = WORKS[name]
+    script = importlib.import_module(work.algo)
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(work, setting, folder)
-        with clocks(importlib.import_module(work.algo)) as clock:
+        with clocks(script) as clock:
             boundaries = boundaries_ours(work.algo, args, clock)
-        alone = 1 / environment_steps_per_second(work.algo, args)
+        alone = seconds_alone(script, args)
     steps, times = passed(boundaries, work.warmup_steps)
     whole, *parts = times / steps
     seconds = {"whole": whole, **dict(zip(PARTS, parts)), "the rest": whole - sum(parts), "environment alone": alone}
@@ -94,9 +115,15 @@ def measured(name: str, setting: str) -> dict[str, float]:
 
 
 def evidence(cell: tuple[str, str]) -> dict[str, str]:
-    """Of what is measured: flags, and the hash of the code."""
+    """Of what is measured: flags and steps, and the hash of the code."""
     work = WORKS[cell[0]]
-    return dict(zip(EVIDENCE, (work.flags, source_sha256(*code_of(work, cell[1])))))
+    flags = f"{work.flags} ({work.steps} steps after {work.warmup_steps})"
+    return dict(zip(EVIDENCE, (flags, source_sha256(*code_of(work, cell[1])))))
+
+
+def cells() -> list[tuple[str, str]]:
+    """(work, setting) of everything."""
+    return [(name, x) for name, work in WORKS.items() for x in SETTINGS if {*SETTINGS} <= {*work.settings}]
 
 
 @dataclass
@@ -109,10 +136,11 @@ class Args:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    works = [name for name, work in WORKS.items() if args.only in name and {*SETTINGS} <= {*work.settings}]
-    cells = [(name, setting) for name in works for setting in SETTINGS]
-    rows = measure_missing(args.results / "breakdown.csv", KEY, cells, measured, evidence)
-    print(rows.drop(columns=[*EVIDENCE]).to_string() if len(rows) else "nothing to measure")
+    todo = [cell for cell in cells() if args.only in cell[0]]
+    if not todo:
+        sys.exit(f"--only {args.only}: in no work's name; there are {', '.join(dict(cells()))}")
+    rows = measure_missing(args.results / "breakdown.csv", KEY, todo, measured, evidence)
+    print(rows.drop(columns=[*EVIDENCE]).to_string())
 
 
 if __name__ == "__main__":

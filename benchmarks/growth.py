@@ -1,17 +1,19 @@
 """How training speed grows with environments, network width and batch size, and memory with the replay buffer.
 
-    python benchmarks/growth.py            # 60 measurements; again after a kill: goes on
+    python benchmarks/growth.py            # about half an hour on an idle machine; again after a kill: goes on
+    python benchmarks/growth.py --only width --rounds 1
 
 Speed is measured as throughput.py does, here and in Stable-Baselines3, each in a process of its own: PPO on CartPole
 with 1 to 64 environments, SAC on HalfCheetah with layers of 64 to 1024 units and with minibatches of 32 to 1024. Memory
-is what a process holds more of, once SAC's replay buffer for HalfCheetah has been written to its end. Each measurement
-is a row of results/growth.csv.
+is what a process holds more of, once SAC's replay buffer for HalfCheetah has been written to its end; it is measured
+once. Each measurement is a row of results/growth.csv.
 """
 
 import importlib
 import multiprocessing
 import os
 import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from throughput import Work, code_of, measure
 from tqdm import tqdm
 
-KEY = ["axis", "size", "setting"]
+KEY = ["axis", "size", "setting", "round"]
 SAC = "--env-id HalfCheetah-v5 --torch-threads 2 --learning-starts 100"
 
 
@@ -73,19 +75,26 @@ def resident_bytes() -> int:
 def buffer_bytes(size: int, setting: str) -> int:
     """Memory that a full replay buffer for HalfCheetah-v5 takes, in this process."""
     env, script = gym.make("HalfCheetah-v5"), importlib.import_module("sac")
-    spaces, before = (env.observation_space, env.action_space), resident_bytes()
-    if setting == "sb3":
-        buffer = ReplayBuffer(size, *spaces, device="cpu", handle_timeout_termination=True)
-        arrays = [x for x in vars(buffer).values() if isinstance(x, np.ndarray)]
-    else:
-        buffer = script.ReplayBuffer(size, 1, *spaces, torch.device("cpu"))
-        arrays = [x.numpy() for x in buffer.data]
-    for array in arrays:
-        array.fill(1)  # pages that nobody has written to take no memory
+    spaces = env.observation_space, env.action_space
+
+    def full_buffer(size: int):
+        if setting == "sb3":
+            buffer = ReplayBuffer(size, *spaces, device="cpu", handle_timeout_termination=True)
+            arrays = [x for x in vars(buffer).values() if isinstance(x, np.ndarray)]
+        else:
+            buffer = script.ReplayBuffer(size, 1, *spaces, torch.device("cpu"))
+            arrays = [x.numpy() for x in buffer.data]
+        for array in arrays:
+            array.fill(1)  # pages that nobody has written to take no memory
+        return buffer
+
+    kept = full_buffer(100)  # what the first one takes once and for all
+    before = resident_bytes()
+    kept = kept, full_buffer(size)
     return resident_bytes() - before
 
 
-def measured(axis: str, size: int, setting: str) -> dict[str, float]:
+def measured(axis: str, size: int, setting: str, _: int) -> dict[str, float]:
     """Steps per second or, along the axis "buffer_size", bytes."""
     value = buffer_bytes(size, setting) if axis == "buffer_size" else steps_per_second(axis, size, setting)
     return {"value": round(value, 1)}
@@ -94,9 +103,9 @@ def measured(axis: str, size: int, setting: str) -> dict[str, float]:
 EVIDENCE = ("flags", "code_sha256")
 
 
-def evidence(cell: tuple[str, int, str]) -> dict[str, str]:
+def evidence(cell: tuple[str, int, str, int]) -> dict[str, str]:
     """Of what is measured: flags and steps, and the hash of the code."""
-    axis, size, setting = cell
+    axis, size, setting, _ = cell
     if axis == "buffer_size":
         return dict(zip(EVIDENCE, ("-", source_sha256("sb3" if setting == "sb3" else "ours", "sac"))))
     work = AXES[axis][size]
@@ -104,10 +113,11 @@ def evidence(cell: tuple[str, int, str]) -> dict[str, str]:
     return dict(zip(EVIDENCE, (flags, source_sha256(*code_of(work, setting)))))
 
 
-def cells() -> list[tuple[str, int, str]]:
-    """(axis, size, setting) of everything; the settings of a size follow one another, to share the machine's load."""
-    speed = [(axis, size, setting) for axis in AXES for size in AXES[axis] for setting in SPEED_SETTINGS]
-    return speed + [("buffer_size", size, setting) for size in BUFFER_SIZES for setting in MEMORY_SETTINGS]
+def cells(rounds: int) -> list[tuple[str, int, str, int]]:
+    """(axis, size, setting, round) of everything; the settings of a size share what the machine does beside."""
+    speed = [(axis, size, x) for axis in AXES for size in AXES[axis] for x in SPEED_SETTINGS]
+    memory = [("buffer_size", size, x, 1) for size in BUFFER_SIZES for x in MEMORY_SETTINGS]
+    return memory + [(*cell, number) for number in range(1, rounds + 1) for cell in speed]
 
 
 def in_process(function: Callable, *args):
@@ -121,13 +131,13 @@ def measure_missing(path: Path, key: list[str], cells: list[tuple], measured: Ca
 
     `key` names the columns of a cell; `measured` and `evidence` make a row's others from it. Returns all rows.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes; a script sets PyTorch's own number
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = pd.read_csv(path).set_index(key) if path.exists() else pd.DataFrame()
     todo = [c for c in cells if c not in rows.index or dict(rows.loc[c, [*evidence(c)]]) != evidence(c)]
     for cell in (bar := tqdm(todo, unit="run")):
         bar.set_description(" ".join(map(str, cell)))
-        row = in_process(measured, *cell) | evidence(cell)
+        with patch.dict(os.environ, OMP_NUM_THREADS="1"):  # of the process; a script sets PyTorch's own number
+            row = in_process(measured, *cell) | evidence(cell)
         row = pd.DataFrame([row], index=pd.MultiIndex.from_tuples([cell], names=key))
         rows = pd.concat([rows.drop(index=[cell], errors="ignore"), row]).sort_index() if len(rows) else row
         rows.to_csv(path.with_suffix(".tmp"))
@@ -137,6 +147,8 @@ def measure_missing(path: Path, key: list[str], cells: list[tuple], measured: Ca
 
 @dataclass
 class Args:
+    rounds: int = 3
+    """measurements of every speed"""
     only: str = ""
     """only axes with this in their name: num_envs, width, batch_size, buffer_size"""
     results: Path = RESULTS
@@ -145,9 +157,13 @@ class Args:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    todo = [cell for cell in cells() if args.only in cell[0]]
+    todo = [cell for cell in cells(args.rounds) if args.only in cell[0]]
+    if not todo:
+        sys.exit(
+            f"--only {args.only}, --rounds {args.rounds}: nothing to measure; axes: {', '.join(AXES)}, buffer_size"
+        )
     rows = measure_missing(args.results / "growth.csv", KEY, todo, measured, evidence)
-    print(rows["value"].unstack("setting").to_string() if len(rows) else "nothing to measure")
+    print(rows["value"].groupby(level=KEY[:3]).median().unstack("setting").to_string())
 
 
 if __name__ == "__main__":

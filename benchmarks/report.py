@@ -5,6 +5,7 @@
 Everything is resampled with a fixed seed. Read the numbers back with pandas, as the page's last section shows.
 """
 
+import itertools
 import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import tyro
 from aggregate import REFERENCES, paired, plot_aggregate, stratified
 from aggregate import measured as measured_on_both_sides
 from breakdown import PARTS
+from breakdown import cells as breakdown_cells
 from breakdown import evidence as breakdown_evidence
 from compounding_error import ERROR, HORIZONS
 from compounding_error import LABELS as LEDGE_LABELS
@@ -38,6 +40,8 @@ from estimates import (
     tidy,
 )
 from growth import AXES, BUFFER_SIZES, EVIDENCE
+from growth import KEY as GROWTH_KEY
+from growth import cells as growth_cells
 from growth import evidence as growth_evidence
 from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, PercentFormatter
@@ -186,17 +190,19 @@ THROUGHPUT = """
 
 Environment steps per second of training on the CPU, same flags and number of PyTorch threads on both sides, from
 `python benchmarks/throughput.py`. The settings alternate and a ratio is taken over SB3 of the same round: above 1
-is faster than SB3; median [least, greatest] over the rounds. Compilation is not counted.
+is faster than SB3; median [least, greatest] over the rounds. Compilation is not counted. † Measured with older code or
+other flags.
 
 {table}
 
 - **over the best peer**: the faster setting over the fastest of SB3, CleanRL and SBX (JAX), which were measured beside
   SB3 in another run ([throughput.py](throughput.py), `PEERS`); its ratio to SB3 is taken from there. CleanRL's DDPG
   updates its policy with every second step only, unless told otherwise: a quarter less arithmetic than here and in SB3.
-- **environment**, **products**, **the rest**: what the faster setting's time goes into. The environments' part is what
-  they take alone with random actions, the products' what training's matrix products take at the rate that the machine
-  reaches for 256 × 256; the rest is element-wise arithmetic, smaller products' lower rate, memory, and what PyTorch and
-  Python take to call it all.
+  The machine was slower then, and a ratio does not carry over to the last tenth.
+- **environment alone**, **products**, **above the floor**: what the faster setting's time goes into. The environments'
+  part is what they take alone with random actions, the products' what training's matrix products take at the rate that
+  the machine reaches for 256 × 256; what is above is element-wise arithmetic, smaller products' lower rate, memory, and
+  what PyTorch and Python take to call it all; and within training the environments are slower than alone, see below.
 - **of the floor**: the first two over the whole; 100% would be these two, one after the other, and nothing else.
 """
 
@@ -205,11 +211,15 @@ BREAKDOWN = """
 
 ![Microseconds per environment step, by parts]({plot})
 
-From [breakdown.py](breakdown.py), one training each: microseconds per environment step, and the part of them that is
-spent in each place{changed}. The rest is acting, estimating advantages, drawing minibatches of a rollout, and Python
-between them; TRPO's gradient includes the search for its step. Environments, in training and alone: the same step, with
-whatever training does between two of them, and over and over by itself, from the processor's caches. All else that
-runs rarely and touches much memory pays in the same way.
+From [breakdown.py](breakdown.py), one training each, at another time than the table above: microseconds per environment
+step, and the part of them that is spent in each place{changed}.
+
+- **environment**: a step of it; beside it what it takes in training, and alone, when random actions are all that comes
+  between two steps. In training, what came between has taken the processor's caches; with two threads, PyTorch's
+  second one may still hold the other core.
+- **gradient**: targets, loss, backward pass and the bound on its norm. TRPO's includes the search for the step
+  (compiled is only its critic's), that of PPO on pixels the optimiser.
+- **the rest**: acting, advantages, minibatches of a rollout, logging, and Python between them.
 
 {table}
 """
@@ -219,10 +229,11 @@ GROWTH = """
 
 ![Steps per second and memory]({plot})
 
-From [growth.py](growth.py), one measurement a point{changed}. Environments: PPO on CartPole-v1, 128 steps of each to
-16 gradient steps, however many there are. Width: SAC on HalfCheetah-v5 with two layers of that many units and
-minibatches of 256. Batch size: the same with layers of 256. Buffer size: the memory of SAC's full replay buffer for
-HalfCheetah-v5{bytes}.
+From [growth.py](growth.py): median, least and greatest of {rounds}{changed}. Environments: PPO on CartPole-v1, one
+PyTorch thread; every iteration takes 128 steps in each environment and then 16 gradient steps, so that minibatches grow
+too. Width: SAC on HalfCheetah-v5, two threads, with two layers of that many units and minibatches of 256. Batch size:
+the same with layers of 256. Buffer size: the memory of SAC's full replay buffer for HalfCheetah-v5{bytes}; SB3 keeps
+its observations as the float64 that they come in.
 """
 
 MODEL_BASED_THROUGHPUT = """
@@ -471,7 +482,7 @@ def throughput_table(measurements: pd.DataFrame) -> str:
         ours = {name: settings.loc[name] for name in OUR_SETTINGS if name in settings.index}
         best = max(ours.values(), key=lambda row: row["median"])
         name, peer, sb3 = PEERS.get(work, ("", np.nan, 1))
-        parts = {"of floor": "of the floor", "environment": "environment", "products": "products"}
+        parts = {"of floor": "of the floor", "environment": "environment alone", "products": "products"}
         rows.append(
             {
                 "work": work,
@@ -483,7 +494,7 @@ def throughput_table(measurements: pd.DataFrame) -> str:
                 },
                 "over the best peer": f"{best['median'] * sb3 / peer:.2f} ({name})" if name else "—",
                 **{title: f"{best[part]:.0%}" if best[part] > 0 else "—" for part, title in parts.items()},
-                "the rest": f"{1 - best['of floor']:.0%}" if best["of floor"] > 0 else "—",
+                "above the floor": f"{1 - best['of floor']:.0%}" if best["of floor"] > 0 else "—",
             }
         )
     return markdown(rows)
@@ -526,7 +537,7 @@ def breakdown(results: Path) -> str:
         return ""
     parts, table = [*PARTS, "the rest"], []
     rows = pd.read_csv(path).set_index(["work", "setting"])
-    rows = rows.reindex(sorted(rows.index, key=lambda cell: ([*WORKS].index(cell[0]), OUR_SETTINGS.index(cell[1]))))
+    rows = rows.loc[[cell for cell in breakdown_cells() if cell in rows.index]]
     for (work, setting), row in rows.iterrows():
         current = breakdown_evidence((work, setting)) == dict(row[[*EVIDENCE]])
         table.append(
@@ -551,7 +562,7 @@ def breakdown(results: Path) -> str:
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(frameon=False, ncols=len(parts), loc="lower center", bbox_to_anchor=(0.4, 1), fontsize=8)
     save(figure, results.parent / "plots" / "breakdown.png")
-    changed = "; † with older code" if any("†" in row["setting"] for row in table) else ""
+    changed = " († with older code or other flags)" if any("†" in row["setting"] for row in table) else ""
     return BREAKDOWN.format(plot="plots/breakdown.png", changed=changed, table=markdown(table))
 
 
@@ -561,17 +572,20 @@ def growth(results: Path) -> str:
     if not path.exists():
         return ""
     rows = pd.read_csv(path)
-    keys = zip(rows["axis"], rows["size"], rows["setting"])
-    changed = any(now != was for now, was in zip(map(growth_evidence, keys), rows[[*EVIDENCE]].to_dict("records")))
+    cells = [*zip(*(rows[column] for column in GROWTH_KEY))]
+    known = [cell in growth_cells(max(rows["round"])) for cell in cells]
+    rows, cells = rows[known], [*itertools.compress(cells, known)]
+    changed = [*map(growth_evidence, cells)] != rows[[*EVIDENCE]].to_dict("records")
     sizes = {axis: [*works] for axis, works in AXES.items()} | {"buffer_size": [*BUFFER_SIZES]}
     sizes = {axis: ticks for axis, ticks in sizes.items() if axis in set(rows["axis"])}
     figure, axes = plt.subplots(1, len(sizes), figsize=(4 * len(sizes), 3.4), squeeze=False, layout="constrained")
     for ax, (axis, ticks) in zip(axes.flat, sizes.items()):
-        values = rows[rows["axis"] == axis].pivot(index="size", columns="setting", values="value")
+        values = rows[rows["axis"] == axis].groupby(["setting", "size"])["value"].agg(["median", "min", "max"])
         values /= 1e6 if axis == "buffer_size" else 1
-        for setting, style in GROWING.items():
-            if setting in values:
-                ax.plot(values.index, values[setting], marker="o", markersize=4, **style)
+        for setting in [x for x in GROWING if x in values.index]:
+            line = values.loc[setting]
+            spread = [line["median"] - line["min"], line["max"] - line["median"]]
+            ax.errorbar(line.index, line["median"], spread, marker="o", markersize=4, capsize=2, **GROWING[setting])
         ax.set_xscale("log")
         ax.set_yscale("log")
         labels = [EngFormatter(sep="")(x) if axis == "buffer_size" else str(x) for x in ticks]
@@ -583,11 +597,13 @@ def growth(results: Path) -> str:
         unit = "MB" if axis == "buffer_size" else "environment steps/s"
         tidy(ax, axis.replace("_", " ").replace("num envs", "environments"), unit)
     save(figure, results.parent / "plots" / "growth.png")
+    speed = rows[rows["axis"] != "buffer_size"][["axis", "size", "setting"]]
     largest = rows[(rows["axis"] == "buffer_size") & (rows["size"] == BUFFER_SIZES[-1])].set_index("setting")["value"]
     each = ", ".join(f"{GROWING[x]['label']} {largest[x] / BUFFER_SIZES[-1]:.0f}" for x in GROWING if x in largest)
     return GROWTH.format(
         plot="plots/growth.png",
-        changed=" (†: some with older code)" if changed else "",
+        rounds=f"{' to '.join(map(str, sorted({*speed.value_counts()})))} measurements a point",
+        changed=" († some with older code or other flags)" if changed else "",
         bytes=f" (bytes a transition: {each})" if each else "",
     )
 
