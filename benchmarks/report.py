@@ -229,11 +229,11 @@ GROWTH = """
 
 ![Steps per second and memory]({plot})
 
-From [growth.py](growth.py): median, least and greatest of {rounds}{changed}. Environments: PPO on CartPole-v1, one
+From [growth.py](growth.py), measurements a point: {rounds}; median, least and greatest{changed}. Environments: PPO on CartPole-v1, one
 PyTorch thread; every iteration takes 128 steps in each environment and then 16 gradient steps, so that minibatches grow
 too. Width: SAC on HalfCheetah-v5, two threads, with two layers of that many units and minibatches of 256. Batch size:
-the same with layers of 256. Buffer size: the memory of SAC's full replay buffer for HalfCheetah-v5{bytes}; SB3 keeps
-its observations as the float64 that they come in.
+the same with layers of 256. Buffer size: the memory of SAC's full replay buffer for HalfCheetah-v5{bytes}.
+SB3 keeps its observations as the float64 that they come in.
 """
 
 MODEL_BASED_THROUGHPUT = """
@@ -602,7 +602,7 @@ def growth(results: Path) -> str:
     each = ", ".join(f"{GROWING[x]['label']} {largest[x] / BUFFER_SIZES[-1]:.0f}" for x in GROWING if x in largest)
     return GROWTH.format(
         plot="plots/growth.png",
-        rounds=f"{' to '.join(map(str, sorted({*speed.value_counts()})))} measurements a point",
+        rounds=" to ".join(map(str, sorted({*speed.value_counts()}))),
         changed=" († some with older code or other flags)" if changed else "",
         bytes=f" (bytes a transition: {each})" if each else "",
     )
@@ -919,8 +919,10 @@ def main() -> None:
     page += compounding(args.results)
     throughput = args.results / "throughput.csv"
     if throughput.exists():
-        page += throughput_section(pd.read_csv(throughput)) + breakdown(args.results) + growth(args.results)
-        put_into(args.results.parent.parent / "README.md", headline(runs, pd.read_csv(throughput)))
+        order = {name: i for i, name in enumerate(WORKS)}
+        speeds = pd.read_csv(throughput).sort_values("work", key=lambda names: names.map(order), kind="stable")
+        page += throughput_section(speeds) + breakdown(args.results) + growth(args.results)
+        put_into(args.results.parent.parent / "README.md", headline(runs, speeds))
     commands = "\n".join(f"python benchmarks/run.py {suite} --workers 2" for suite in suites)
     page += REPRODUCE.format(commands=commands, example=Cell(*runs.index[0]).name)
     (args.results.parent / "README.md").write_text(page)

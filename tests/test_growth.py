@@ -79,7 +79,7 @@ def test_the_section_of_the_page(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure) or save(figure, path))
     section = report.growth(tmp_path / "results")
     assert "bytes a transition: ours, eager 160, Stable-Baselines3 160" in section and "†" not in section
-    assert "of 3 measurements a point" in section
+    assert "measurements a point: 3; median" in section
     line, _, (bars,) = figures[0].axes[0].containers[0]
     assert line.get_xdata().tolist() == [*growth.AXES["num_envs"]] and {*line.get_ydata()} == {12}
     assert [[*x[:, 1]] for x in bars.get_segments()] == [[5, 13]] * len(growth.AXES["num_envs"])
