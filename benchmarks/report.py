@@ -229,11 +229,11 @@ GROWTH = """
 
 ![Steps per second and memory]({plot})
 
-From [growth.py](growth.py), measurements a point: {rounds}; median, least and greatest{changed}. Environments: PPO on CartPole-v1, one
-PyTorch thread; every iteration takes 128 steps in each environment and then 16 gradient steps, so that minibatches grow
-too. Width: SAC on HalfCheetah-v5, two threads, with two layers of that many units and minibatches of 256. Batch size:
-the same with layers of 256. Buffer size: the memory of SAC's full replay buffer for HalfCheetah-v5{bytes}.
-SB3 keeps its observations as the float64 that they come in.
+From [growth.py](growth.py), measurements a point: {rounds}; median, least and greatest{changed}. Environments: PPO on
+CartPole-v1, one PyTorch thread; every iteration takes 128 steps in each environment and then 16 gradient steps, so that
+minibatches grow too. Width: SAC on HalfCheetah-v5, two threads, with two layers of that many units and minibatches of
+256. Batch size: the same with layers of 256. Buffer size: the memory of SAC's full replay buffer for HalfCheetah-v5
+{bytes}. SB3 keeps its observations as the float64 that they come in.
 """
 
 MODEL_BASED_THROUGHPUT = """
@@ -604,7 +604,7 @@ def growth(results: Path) -> str:
         plot="plots/growth.png",
         rounds=" to ".join(map(str, sorted({*speed.value_counts()}))),
         changed=" († some with older code or other flags)" if changed else "",
-        bytes=f" (bytes a transition: {each})" if each else "",
+        bytes=f"(bytes a transition: {each})" if each else "",
     )
 
 
