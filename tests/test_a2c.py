@@ -53,6 +53,21 @@ def test_the_loss_takes_advantages_and_returns_as_constants():
     torch.testing.assert_close(metrics, torch.stack([policy_loss, value_loss, entropy]))
 
 
+@pytest.mark.parametrize("bound", [0.5, 3.0])
+def test_the_gradient_is_bounded_and_a_small_one_is_left_alone(monkeypatch, bound):
+    agent, gradient = a2c.ActorCritic(Box(-1, 1, (3,)), Discrete(2), (4,)), torch.tensor([0.0, 2.0, 0.0])
+    monkeypatch.setattr(a2c, "gradient_vector", lambda loss, module: gradient)
+    observations, actions, rewards, ends = (
+        torch.randn(2, 5, 4, 3),
+        torch.zeros(5, 4),
+        torch.rand(5, 4),
+        torch.zeros(5, 4),
+    )
+    rollout = a2c.Rollout(*observations, actions.long(), rewards, ends.bool(), ends.bool())
+    bounded, _ = a2c.a2c_gradient(agent, rollout, a2c.Args(max_grad_norm=bound))
+    torch.testing.assert_close(bounded, gradient * min(1, bound / 2))
+
+
 def test_online_actor_critic_runs():
     """One step per update: nothing there is a mean or a deviation of more than one sample."""
     flags = "--num-envs 1 --num-steps 1 --normalize-advantages --total-timesteps 60 --eval-episodes 1"

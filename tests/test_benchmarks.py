@@ -522,6 +522,8 @@ def test_the_headline_shows_what_is_slower_too(measured):
     now = speeds.assign(flags=report.WORKS["a2c CartPole"].flags)
     now["code_sha256"] = [run.source_sha256("sb3" if x == "sb3" else "ours", "a2c") for x in now["setting"]]
     assert "| 0.5 × on CartPole |" in report.headline(runs, now)
+    now.loc[now["setting"] == "sb3", "code_sha256"] = "older"
+    assert "| 0.5 × on CartPole † |" in report.headline(runs, now)
 
 
 # Recording and reporting ------------------------------------------------------------------------------------

@@ -186,6 +186,19 @@ VARIANTS = {
 }
 
 
+@pytest.mark.parametrize("kl, stops", [(0.0149, False), (0.0151, True)])
+def test_an_update_stops_above_one_and_a_half_times_the_target_kl(kl, stops):
+    agent = ppo.ActorCritic(Box(-1, 1, (3,)), Discrete(2), (4,))
+    vector = ppo.parameter_vector(agent)
+    before, metrics = vector.detach().clone(), torch.tensor([0, 0, 0, kl, 0])
+    optimizer, args = torch.optim.SGD([vector], 1.0), ppo.Args(target_kl=0.01)
+    result, kl_passed = ppo.ppo_update(
+        agent, optimizer, None, None, args, lambda *_: (torch.ones_like(vector), metrics)
+    )
+    assert kl_passed == stops and torch.equal(result, metrics)
+    torch.testing.assert_close(vector.detach(), before if stops else before - 1)
+
+
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_update_parity_with_sb3(env_id, variant, monkeypatch, record_property):
