@@ -186,7 +186,7 @@ class QNetwork(nn.Module):
         return obs.float()
 
     def q_values(self, obs: Tensor) -> Tensor:
-        """Q(s, ·), shape (…, A): as from `network`, without the cost of calling modules, a tenth of all in training."""
+        """Q(s, ·), shape (…, A): as from `network`, without the cost of calling its modules."""
         x = self.encode(obs)
         for weight, bias in self.layers[:-1]:
             x = F.linear(x, weight, bias).relu_()

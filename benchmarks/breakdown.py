@@ -25,12 +25,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import tyro
-from growth import measure_missing
+from growth import EVIDENCE, measure_missing
 from run import RESULTS, source_sha256
 from throughput import WORKS, arguments, boundaries_ours, code_of, passed
 
 KEY = ["work", "setting"]
-EVIDENCE = ("flags", "code_sha256")
 SETTINGS = ("eager", "compile")
 PARTS = {
     "environment": ("step_envs", "step_pixel_envs"),
@@ -77,9 +76,12 @@ def clocks(script) -> Iterator[Callable[[], np.ndarray]]:
         if hasattr(script, "GRADIENTS"):
             gradients = tuple(getattr(script, function.__name__) for function in script.GRADIENTS)
             stack.enter_context(patch.object(script, "GRADIENTS", gradients))
+
         # The clock stands outside of what is compiled.
-        recompiled = lambda function, device: timed(compiled(function.__wrapped__, device), function.part)  # noqa: E731
-        stack.enter_context(patch.object(script, "compiled", recompiled))
+        def timed_compiled(function, device):
+            return timed(compiled(function.__wrapped__, device), function.part)
+
+        stack.enter_context(patch.object(script, "compiled", timed_compiled))
         yield lambda: np.array([perf_counter(), *(spent[part] for part in PARTS)])
 
 

@@ -31,6 +31,7 @@ from throughput import Work, code_of, measure
 from tqdm import tqdm
 
 KEY = ["axis", "size", "setting", "round"]
+EVIDENCE = ("flags", "code_sha256")
 SAC = "--env-id HalfCheetah-v5 --torch-threads 2 --learning-starts 100"
 
 
@@ -98,9 +99,6 @@ def measured(axis: str, size: int, setting: str, _: int) -> dict[str, float]:
     """Steps per second or, along the axis "buffer_size", bytes."""
     value = buffer_bytes(size, setting) if axis == "buffer_size" else steps_per_second(axis, size, setting)
     return {"value": round(value, 1)}
-
-
-EVIDENCE = ("flags", "code_sha256")
 
 
 def evidence(cell: tuple[str, int, str, int]) -> dict[str, str]:

@@ -215,8 +215,8 @@ From [breakdown.py](breakdown.py), one training each, at another time than the t
 step, and the part of them that is spent in each place{changed}.
 
 - **environment**: a step of it; beside it what it takes in training, and alone, when random actions are all that comes
-  between two steps. In training, what came between has taken the processor's caches; with two threads, PyTorch's
-  second one may still hold the other core.
+  between two steps. Why it takes longer in training is not measured here; cold caches, and with two threads PyTorch's
+  second one on the other core, would do it.
 - **gradient**: targets, loss, backward pass and the bound on its norm. TRPO's includes the search for the step
   (compiled is only its critic's), that of PPO on pixels the optimiser.
 - **the rest**: acting, advantages, minibatches of a rollout, logging, and Python between them.
