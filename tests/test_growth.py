@@ -83,6 +83,7 @@ def test_the_section_of_the_page(monkeypatch, tmp_path):
     line, _, (bars,) = figures[0].axes[0].containers[0]
     assert line.get_xdata().tolist() == [*growth.AXES["num_envs"]] and {*line.get_ydata()} == {12}
     assert [[*x[:, 1]] for x in bars.get_segments()] == [[5, 13]] * len(growth.AXES["num_envs"])
+    assert figures[0].axes[3].containers[0][0].get_ydata()[-1] == 160  # MB
     assert (tmp_path / "plots" / "growth.png").stat().st_size > 10_000
     for changed in (dict(code_sha256="older"), dict(flags="others")):
         rows.iloc[:1].assign(**changed).to_csv(tmp_path / "results" / "growth.csv", index=False)
