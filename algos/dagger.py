@@ -249,10 +249,11 @@ def dagger_gradient(learner: Learner, obs: Tensor, actions: Tensor) -> tuple[Ten
 
 
 def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam on all parameters of `module` as one vector (P,), of which they become views.
+    """Adam on all parameters of `module` as one vector (P,), of which they become views: a step is a few operations.
 
-    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
-    another device, it has to go before.
+    Gradients reach the vector through `gradient_vector` and `vector_step` alone: after `loss.backward()` the
+    optimiser's step moves nothing, and clipping the parameters' gradients clips nothing. The module has to be complete
+    and on its device before; a parameter that is replaced or moved later is trained no more, without an error.
     """
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -521,7 +522,7 @@ def set_up(args: Args) -> tuple[int, int, torch.device]:
         dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
     torch.set_num_threads(args.torch_threads)
     random.seed(args.seed)
-    np.random.seed(args.seed)
+    np.random.seed(args.seed)  # neither is drawn from here: a checkpoint has PyTorch's state alone
     torch.manual_seed(args.seed)
     return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
 
@@ -668,7 +669,7 @@ class Run:
         self.saved_step = self.step
 
     def restore(self) -> None:
-        """Loads checkpoint.pt into the modules, the counters and the random state."""
+        """Loads checkpoint.pt into the modules, the counters and PyTorch's random state."""
         try:
             state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
             for name, module in self.modules.items():
@@ -748,7 +749,10 @@ def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
 
 
 def export_policy(policy: nn.Module, path: Path) -> None:
-    """Saves the deterministic policy alone, for the CPU: `torch.export.load(path).module()(obs)`, any batch size."""
+    """Saves `policy.forward` for the CPU: `torch.export.load(path).module()(obs)`, any batch size.
+
+    The module's other weights, critics for instance, go into the file as well.
+    """
     policy = copy.deepcopy(policy).cpu()
     example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
     program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -207,8 +207,8 @@ class QNetwork(nn.Module):
 class Transitions(NamedTuple):
     """Steps of an environment, first dimension B; each next observation is the one that its step truly led to.
 
-    A target needs `terminated` alone; `truncated` tells where episodes end, to n-step targets and whoever reads a
-    checkpoint.
+    A one-step target needs `terminated` alone. An n-step target must not go on past `truncated` either, nor past the
+    newest rows of a buffer: n_step_transitions of dqn.py.
     """
 
     observations: Tensor
@@ -222,8 +222,9 @@ class Transitions(NamedTuple):
 class ReplayBuffer:
     """The newest transitions of N environments, in tensors that are allocated once.
 
-    A step of all N environments takes N rows; the row that follows row i in time is i + N, modulo the capacity,
-    which is the largest multiple of N up to what was asked for.
+    A step of all N environments takes N rows, and row i + N, modulo the capacity, is the step after row i's in the same
+    environment; but the newest N rows, those before `position`, are followed by the oldest or by rows never written,
+    which no flag marks. The capacity is the largest multiple of N up to what was asked for.
     """
 
     def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
@@ -257,7 +258,10 @@ class ReplayBuffer:
         return Transitions(*(stored.index_select(0, rows) for stored in self.data))
 
     def state_dict(self) -> dict:
-        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""
+        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones.
+
+        What else a fork keeps has to be added here and below, as tensors or plain values: a checkpoint holds no more.
+        """
         full = self.size == self.capacity
         state = {name: x if full else x[: self.size].clone() for name, x in self.data._asdict().items()}
         newest = (self.position - 1 - torch.arange(min(self.num_envs, self.size))) % self.capacity
@@ -345,10 +349,11 @@ def dqn_loss(network, target, batch: Transitions, discounts: Tensor | float, arg
 
 
 def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam on all parameters of `module` as one vector (P,), of which they become views.
+    """Adam on all parameters of `module` as one vector (P,), of which they become views: a step is a few operations.
 
-    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
-    another device, it has to go before.
+    Gradients reach the vector through `gradient_vector` and `vector_step` alone: after `loss.backward()` the
+    optimiser's step moves nothing, and clipping the parameters' gradients clips nothing. The module has to be complete
+    and on its device before; a parameter that is replaced or moved later is trained no more, without an error.
     """
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -384,7 +389,7 @@ def dqn_update(network, target, optimizer, batch, discounts, args: Args, gradien
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter."""
+    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter; buffers, such as BatchNorm's, do not follow."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
@@ -507,7 +512,7 @@ def set_up(args: Args) -> tuple[int, int, torch.device]:
         dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
     torch.set_num_threads(args.torch_threads)
     random.seed(args.seed)
-    np.random.seed(args.seed)
+    np.random.seed(args.seed)  # neither is drawn from here: a checkpoint has PyTorch's state alone
     torch.manual_seed(args.seed)
     return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
 
@@ -654,7 +659,7 @@ class Run:
         self.saved_step = self.step
 
     def restore(self) -> None:
-        """Loads checkpoint.pt into the modules, the counters and the random state."""
+        """Loads checkpoint.pt into the modules, the counters and PyTorch's random state."""
         try:
             state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
             for name, module in self.modules.items():
@@ -734,7 +739,10 @@ def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
 
 
 def export_policy(policy: nn.Module, path: Path) -> None:
-    """Saves the deterministic policy alone, for the CPU: `torch.export.load(path).module()(obs)`, any batch size."""
+    """Saves `policy.forward` for the CPU: `torch.export.load(path).module()(obs)`, any batch size.
+
+    The module's other weights, critics for instance, go into the file as well.
+    """
     policy = copy.deepcopy(policy).cpu()
     example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
     program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -552,7 +552,7 @@ def set_up(args: Args) -> tuple[int, int, torch.device]:
         dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
     torch.set_num_threads(args.torch_threads)
     random.seed(args.seed)
-    np.random.seed(args.seed)
+    np.random.seed(args.seed)  # neither is drawn from here: a checkpoint has PyTorch's state alone
     torch.manual_seed(args.seed)
     return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
 
@@ -699,7 +699,7 @@ class Run:
         self.saved_step = self.step
 
     def restore(self) -> None:
-        """Loads checkpoint.pt into the modules, the counters and the random state."""
+        """Loads checkpoint.pt into the modules, the counters and PyTorch's random state."""
         try:
             state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
             for name, module in self.modules.items():
@@ -779,7 +779,10 @@ def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
 
 
 def export_policy(policy: nn.Module, path: Path) -> None:
-    """Saves the deterministic policy alone, for the CPU: `torch.export.load(path).module()(obs)`, any batch size."""
+    """Saves `policy.forward` for the CPU: `torch.export.load(path).module()(obs)`, any batch size.
+
+    The module's other weights, critics for instance, go into the file as well.
+    """
     policy = copy.deepcopy(policy).cpu()
     example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
     program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -1,4 +1,4 @@
-"""SAC: soft actor-critic (Haarnoja et al. 2018, arXiv 1812.05905), with which REDQ is a matter of flags.
+"""SAC: soft actor-critic (Haarnoja et al. 2018, arXiv 1812.05905), and REDQ by flags.
 
 Maximises return and entropy together, with a stochastic policy π_φ; keeps every transition in a replay buffer, and
 after every few steps takes gradient steps on minibatches from it, towards targets from a copy θ⁻ that follows slowly,
@@ -99,7 +99,7 @@ class Args:
     buffer_size: int = 1_000_000
     """transitions that the replay buffer holds (per process)"""
     learning_starts: int = 5_000
-    """environment steps with random actions before the first update"""
+    """environment steps with random actions before the first update; a run that is no longer never learns"""
     batch_size: int = 256
     """transitions per gradient step (per process)"""
     train_frequency: int = 1
@@ -113,7 +113,7 @@ class Args:
     tau: float = 0.005
     """share τ of the trained networks in an update of the target critics"""
     num_critics: int = 2
-    """critics M"""
+    """critics M; more than --critic-subset make it REDQ"""
     critic_subset: int = 2
     """critics drawn for each target, which takes their minimum; if fewer than M, the policy climbs the mean of all M"""
     policy_delay: int = 1
@@ -123,7 +123,7 @@ class Args:
     autotune: bool = True
     """learn α so that the policy's entropy is --target-entropy"""
     target_entropy: float | None = None
-    """entropy H̄ in nats of actions in [−1, 1]; None: minus their number of dimensions"""
+    """entropy H̄ in nats of actions in [−1, 1]^A, at most A log 2, for --autotune; None: −A"""
     hidden_sizes: tuple[int, ...] = (256, 256)
     """ReLU layers of the policy and of each critic"""
 
@@ -159,7 +159,7 @@ def storage_dtype(space: gym.Space) -> torch.dtype:
 
 
 class EnsembleLinear(nn.Module):
-    """M linear layers side by side, each with its own weights, in one product: (M or 1, B, in) → (M, B, out)."""
+    """M linear layers, each with its own weights, in one product; a norm between them needs a dimension M, too."""
 
     def __init__(self, members: int, inputs: int, outputs: int):
         super().__init__()
@@ -168,7 +168,8 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, members: slice | Tensor | None) -> Tensor:
-        """Of the members asked for, or of all; an index that takes all would copy the weights' gradients."""
+        """x (K or 1, B, in) → (K, B, out), by the K members asked for, or by all; an index that takes all would copy
+        the weights' gradients."""
         weight, bias = (x if members is None else x[members] for x in (self.weight, self.bias))
         return torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
 
@@ -182,7 +183,7 @@ class CriticEnsemble(nn.Module):
         self.layers = nn.ModuleList(EnsembleLinear(members, *inputs_outputs) for inputs_outputs in sizes)
 
     def forward(self, states: Tensor, actions: Tensor, members: slice | Tensor | None = None) -> Tensor:
-        """Values of the members asked for, all by default."""
+        """Values (K, B) of the K members asked for, of all by default."""
         x = torch.cat([states, actions], -1).unsqueeze(0)
         for layer in self.layers[:-1]:
             x = layer(x, members).relu_()
@@ -205,7 +206,7 @@ class SoftActorCritics(nn.Module):
         self.action_size = action_space.shape[0]
         self.actor = relu_mlp([inputs, *hidden_sizes, 2 * self.action_size])
         self.critics = CriticEnsemble(num_critics, inputs + self.action_size, hidden_sizes)
-        self.temperature = nn.ParameterDict({"log_alpha": torch.tensor(alpha).log()})
+        self.temperature = nn.ParameterDict({"log_alpha": torch.tensor(alpha).log()})  # a module, for vector_adam
         self.register_buffer("low", torch.as_tensor(action_space.low))
         self.register_buffer("high", torch.as_tensor(action_space.high))
 
@@ -240,8 +241,8 @@ class SoftActorCritics(nn.Module):
 class Transitions(NamedTuple):
     """Steps of an environment, first dimension B; each next observation is the one that its step truly led to.
 
-    A target needs `terminated` alone; `truncated` tells where episodes end, to n-step targets and whoever reads a
-    checkpoint.
+    A one-step target needs `terminated` alone. An n-step target must not go on past `truncated` either, nor past the
+    newest rows of a buffer: n_step_transitions of dqn.py.
     """
 
     observations: Tensor
@@ -255,8 +256,9 @@ class Transitions(NamedTuple):
 class ReplayBuffer:
     """The newest transitions of N environments, in tensors that are allocated once.
 
-    A step of all N environments takes N rows; the row that follows row i in time is i + N, modulo the capacity,
-    which is the largest multiple of N up to what was asked for.
+    A step of all N environments takes N rows, and row i + N, modulo the capacity, is the step after row i's in the same
+    environment; but the newest N rows, those before `position`, are followed by the oldest or by rows never written,
+    which no flag marks. The capacity is the largest multiple of N up to what was asked for.
     """
 
     def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
@@ -290,7 +292,10 @@ class ReplayBuffer:
         return Transitions(*(stored.index_select(0, rows) for stored in self.data))
 
     def state_dict(self) -> dict:
-        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""
+        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones.
+
+        What else a fork keeps has to be added here and below, as tensors or plain values: a checkpoint holds no more.
+        """
         full = self.size == self.capacity
         state = {name: x if full else x[: self.size].clone() for name, x in self.data._asdict().items()}
         newest = (self.position - 1 - torch.arange(min(self.num_envs, self.size))) % self.capacity
@@ -328,13 +333,13 @@ def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Ten
 def soft_q_target(rewards, terminated, next_q: Tensor, next_log_probs, alpha: Tensor, gamma: float) -> Tensor:
     """y = r + γ (min_i Q_i(s', a') − α log π(a'|s')), and r where s' is terminal; (B,), next_q (M, B).
 
-    arXiv 1812.05905, equations 2, 3 and 5, with the minimum of section 5.
+    arXiv 1812.05905, equations 2, 3 and 5, with the minimum of section 6.
     """
     return rewards + gamma * (next_q.min(0).values - alpha * next_log_probs) * ~terminated
 
 
 def sac_critic_loss(agent, target, batch: Transitions, noise: Tensor, members, args: Args) -> tuple[Tensor, Tensor]:
-    """The critics' loss L(θ) on a minibatch, and their mean value of its actions; noise (B, A) is that of a'.
+    """L(θ) on a minibatch, and the mean of Q_i(s, a) over critics and minibatch; noise (B, A) is that of a'.
 
     The target takes the minimum over those of the target critics that `members` picks.
     """
@@ -356,7 +361,7 @@ def sac_actor_loss(agent, states: Tensor, noise: Tensor, alpha: Tensor, use_mean
 
 
 def temperature_loss(log_alpha: Tensor, log_probs: Tensor, target_entropy: float) -> Tensor:
-    """L(α): descending it lowers α where the entropy is above its target (arXiv 1812.05905, section 5; log α for α)."""
+    """L(α): descending it lowers α where the entropy is above its target (arXiv 1812.05905, eq. 18; log α for α)."""
     return -log_alpha * (log_probs.detach().mean() + target_entropy)
 
 
@@ -377,6 +382,7 @@ def sac_actor_gradient(agent, batch: Transitions, noise: Tensor, args: Args) -> 
     loss, log_probs = sac_actor_loss(agent, states, noise, alpha, use_mean=args.critic_subset < args.num_critics)
     alpha_gradient = None
     if args.autotune:
+        # To change it in the course of training, hand it over as a tensor: a number would be compiled in.
         target_entropy = -agent.action_size if args.target_entropy is None else args.target_entropy
         alpha_loss = temperature_loss(agent.temperature["log_alpha"], log_probs, target_entropy)
         alpha_gradient = gradient_vector(alpha_loss, agent.temperature)
@@ -405,10 +411,11 @@ def sac_actor_update(
 
 
 def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam on all parameters of `module` as one vector (P,), of which they become views.
+    """Adam on all parameters of `module` as one vector (P,), of which they become views: a step is a few operations.
 
-    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
-    another device, it has to go before.
+    Gradients reach the vector through `gradient_vector` and `vector_step` alone: after `loss.backward()` the
+    optimiser's step moves nothing, and clipping the parameters' gradients clips nothing. The module has to be complete
+    and on its device before; a parameter that is replaced or moved later is trained no more, without an error.
     """
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -430,7 +437,7 @@ def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter."""
+    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter; buffers, such as BatchNorm's, do not follow."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
@@ -495,7 +502,7 @@ def train(args: Args) -> dict:
                 metrics = sac_critic_update(
                     agent, target, critic_optimizer, batch, noise, members, args, critic_gradient
                 )
-                critic_metrics.append(metrics.clone())
+                critic_metrics.append(metrics.clone())  # CUDA graphs reuse the memory of their outputs
                 counter.updates += 1
                 if counter.updates % args.policy_delay == 0:
                     noise = torch.randn_like(batch.actions)
@@ -568,7 +575,7 @@ def set_up(args: Args) -> tuple[int, int, torch.device]:
         dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
     torch.set_num_threads(args.torch_threads)
     random.seed(args.seed)
-    np.random.seed(args.seed)
+    np.random.seed(args.seed)  # neither is drawn from here: a checkpoint has PyTorch's state alone
     torch.manual_seed(args.seed)
     return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
 
@@ -721,7 +728,7 @@ class Run:
         self.saved_step = self.step
 
     def restore(self) -> None:
-        """Loads checkpoint.pt into the modules, the counters and the random state."""
+        """Loads checkpoint.pt into the modules, the counters and PyTorch's random state."""
         try:
             state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
             for name, module in self.modules.items():
@@ -801,7 +808,10 @@ def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
 
 
 def export_policy(policy: nn.Module, path: Path) -> None:
-    """Saves the deterministic policy alone, for the CPU: `torch.export.load(path).module()(obs)`, any batch size."""
+    """Saves `policy.forward` for the CPU: `torch.export.load(path).module()(obs)`, any batch size.
+
+    The module's other weights, critics for instance, go into the file as well.
+    """
     policy = copy.deepcopy(policy).cpu()
     example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
     program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -7,7 +7,7 @@ steps takes gradient steps on minibatches from it, towards targets from copies �
     y   = r + γ min_i Q_θ⁻ᵢ(s', ã)                                         r alone if s' is terminal
     L(θ) = Σ_i E[(Q_θᵢ(s, a) − y)²]
     J(φ) = E[Q_θ₁(s, μ_φ(s))]                                               ascended once in d gradient steps
-    θ⁻ ← (1 − τ) θ⁻ + τ θ,   φ⁻ ← (1 − τ) φ⁻ + τ φ                          then, too
+    θ⁻ ← (1 − τ) θ⁻ + τ θ,   φ⁻ ← (1 − τ) φ⁻ + τ φ                          with that
 
 Details that matter, and why:
 - The minimum over critics: a policy that climbs one critic finds its errors; a minimum errs on the low side.
@@ -91,7 +91,7 @@ class Args:
     buffer_size: int = 1_000_000
     """transitions that the replay buffer holds (per process)"""
     learning_starts: int = 10_000
-    """environment steps with random actions before the first update"""
+    """environment steps with random actions before the first update; a run that is no longer never learns"""
     batch_size: int = 256
     """transitions per gradient step (per process)"""
     train_frequency: int = 1
@@ -109,9 +109,9 @@ class Args:
     policy_delay: int = 2
     """gradient steps d of the critics per step of the policy and of the target networks"""
     target_noise: float = 0.2
-    """deviation σ̃ of the noise on the target's actions"""
+    """standard deviation σ̃ of the noise on the target's actions, before it is clipped"""
     target_noise_clip: float = 0.5
-    """bound c on that noise"""
+    """that noise is clipped to [−c, c]"""
     noise: Literal["gaussian", "ou"] = "gaussian"
     """exploration noise: independent, or an Ornstein-Uhlenbeck process, which is correlated in time"""
     exploration_noise: float = 0.1
@@ -152,7 +152,7 @@ def storage_dtype(space: gym.Space) -> torch.dtype:
 
 
 class EnsembleLinear(nn.Module):
-    """M linear layers side by side, each with its own weights, in one product: (M or 1, B, in) → (M, B, out)."""
+    """M linear layers, each with its own weights, in one product; a norm between them needs a dimension M, too."""
 
     def __init__(self, members: int, inputs: int, outputs: int):
         super().__init__()
@@ -161,7 +161,8 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, members: slice | Tensor | None) -> Tensor:
-        """Of the members asked for, or of all; an index that takes all would copy the weights' gradients."""
+        """x (K or 1, B, in) → (K, B, out), by the K members asked for, or by all; an index that takes all would copy
+        the weights' gradients."""
         weight, bias = (x if members is None else x[members] for x in (self.weight, self.bias))
         return torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
 
@@ -175,7 +176,7 @@ class CriticEnsemble(nn.Module):
         self.layers = nn.ModuleList(EnsembleLinear(members, *inputs_outputs) for inputs_outputs in sizes)
 
     def forward(self, states: Tensor, actions: Tensor, members: slice | Tensor | None = None) -> Tensor:
-        """Values of the members asked for, all by default."""
+        """Values (K, B) of the K members asked for, of all by default."""
         x = torch.cat([states, actions], -1).unsqueeze(0)
         for layer in self.layers[:-1]:
             x = layer(x, members).relu_()
@@ -222,8 +223,8 @@ class DeterministicActorCritics(nn.Module):
 class Transitions(NamedTuple):
     """Steps of an environment, first dimension B; each next observation is the one that its step truly led to.
 
-    A target needs `terminated` alone; `truncated` tells where episodes end, to n-step targets and whoever reads a
-    checkpoint.
+    A one-step target needs `terminated` alone. An n-step target must not go on past `truncated` either, nor past the
+    newest rows of a buffer: n_step_transitions of dqn.py.
     """
 
     observations: Tensor
@@ -237,8 +238,9 @@ class Transitions(NamedTuple):
 class ReplayBuffer:
     """The newest transitions of N environments, in tensors that are allocated once.
 
-    A step of all N environments takes N rows; the row that follows row i in time is i + N, modulo the capacity,
-    which is the largest multiple of N up to what was asked for.
+    A step of all N environments takes N rows, and row i + N, modulo the capacity, is the step after row i's in the same
+    environment; but the newest N rows, those before `position`, are followed by the oldest or by rows never written,
+    which no flag marks. The capacity is the largest multiple of N up to what was asked for.
     """
 
     def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
@@ -272,7 +274,10 @@ class ReplayBuffer:
         return Transitions(*(stored.index_select(0, rows) for stored in self.data))
 
     def state_dict(self) -> dict:
-        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""
+        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones.
+
+        What else a fork keeps has to be added here and below, as tensors or plain values: a checkpoint holds no more.
+        """
         full = self.size == self.capacity
         state = {name: x if full else x[: self.size].clone() for name, x in self.data._asdict().items()}
         newest = (self.position - 1 - torch.arange(min(self.num_envs, self.size))) % self.capacity
@@ -318,7 +323,7 @@ def min_q_target(rewards: Tensor, terminated: Tensor, next_q: Tensor, gamma: flo
 
 
 def td3_critic_loss(agent, target, batch: Transitions, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """The critics' loss L(θ) on a minibatch, and their mean value of its actions; noise ε (B, A)."""
+    """L(θ) on a minibatch, and the mean of Q_i(s, a) over critics and minibatch; noise ε (B, A)."""
     with torch.no_grad():
         next_states = agent.encode(batch.next_observations)
         next_actions = smoothed_actions(target.actor(next_states), noise, args.target_noise_clip)
@@ -361,10 +366,11 @@ def td3_actor_update(agent, target, optimizer, batch, args: Args, gradient_of=td
 
 
 def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam on all parameters of `module` as one vector (P,), of which they become views.
+    """Adam on all parameters of `module` as one vector (P,), of which they become views: a step is a few operations.
 
-    Optimiser and gradient then take a few operations instead of a few per parameter. Where the module is to go to
-    another device, it has to go before.
+    Gradients reach the vector through `gradient_vector` and `vector_step` alone: after `loss.backward()` the
+    optimiser's step moves nothing, and clipping the parameters' gradients clips nothing. The module has to be complete
+    and on its device before; a parameter that is replaced or moved later is trained no more, without an error.
     """
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -386,7 +392,7 @@ def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter."""
+    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter; buffers, such as BatchNorm's, do not follow."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
@@ -442,7 +448,7 @@ def train(args: Args) -> dict:
                 batch = buffer.get(buffer.draw_rows(args.batch_size))
                 smoothing = torch.randn_like(batch.actions) * args.target_noise
                 metrics = td3_critic_update(agent, target, critic_optimizer, batch, smoothing, args, critic_gradient)
-                critic_metrics.append(metrics.clone())
+                critic_metrics.append(metrics.clone())  # CUDA graphs reuse the memory of their outputs
                 counter.updates += 1
                 if counter.updates % args.policy_delay == 0:
                     loss = td3_actor_update(agent, target, actor_optimizer, batch, args, actor_gradient)
@@ -513,7 +519,7 @@ def set_up(args: Args) -> tuple[int, int, torch.device]:
         dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
     torch.set_num_threads(args.torch_threads)
     random.seed(args.seed)
-    np.random.seed(args.seed)
+    np.random.seed(args.seed)  # neither is drawn from here: a checkpoint has PyTorch's state alone
     torch.manual_seed(args.seed)
     return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
 
@@ -666,7 +672,7 @@ class Run:
         self.saved_step = self.step
 
     def restore(self) -> None:
-        """Loads checkpoint.pt into the modules, the counters and the random state."""
+        """Loads checkpoint.pt into the modules, the counters and PyTorch's random state."""
         try:
             state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
             for name, module in self.modules.items():
@@ -746,7 +752,10 @@ def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
 
 
 def export_policy(policy: nn.Module, path: Path) -> None:
-    """Saves the deterministic policy alone, for the CPU: `torch.export.load(path).module()(obs)`, any batch size."""
+    """Saves `policy.forward` for the CPU: `torch.export.load(path).module()(obs)`, any batch size.
+
+    The module's other weights, critics for instance, go into the file as well.
+    """
     policy = copy.deepcopy(policy).cpu()
     example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
     program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
