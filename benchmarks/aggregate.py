@@ -65,16 +65,18 @@ def course(scores: np.ndarray) -> np.ndarray:
     return iqm(scores, axis=-2)
 
 
-def stratified(statistic: Callable[[np.ndarray], np.ndarray], strata: Strata) -> np.ndarray:
-    """statistic(all runs pooled), then the ends of its 95 % bootstrap interval, stacked (3, …).
+def stratified(statistic: Callable[..., np.ndarray], *sides: Strata) -> np.ndarray:
+    """statistic(all runs of each side pooled), then the ends of its 95 % bootstrap interval, stacked (3, …).
 
-    The statistic takes resamples (…, runs) or (…, runs, BINS) at once.
+    The statistic takes resamples (…, runs) or (…, runs, BINS) at once; those of several sides are of the same seeds.
     """
     rng, resampled = np.random.default_rng(0), []
     for _ in range(RESAMPLES // BATCH):
-        draws = [x[rng.integers(len(x), size=(BATCH, len(x)))] for x in strata]
-        resampled.extend(statistic(np.concatenate(draws, axis=1)))
-    return np.stack([statistic(np.concatenate(strata)), *np.percentile(resampled, [2.5, 97.5], axis=0)])
+        rows = [rng.integers(len(x), size=(BATCH, len(x))) for x in sides[0]]
+        draws = [np.concatenate([x[i] for x, i in zip(side, rows)], axis=1) for side in sides]
+        resampled.extend(statistic(*draws))
+    pooled = statistic(*(np.concatenate(side) for side in sides))
+    return np.stack([pooled, *np.percentile(resampled, [2.5, 97.5], axis=0)])
 
 
 def paired(groups: list[tuple[str, str, int]], runs: pd.DataFrame) -> list[tuple[tuple[str, str, int], list[int]]]:

@@ -77,6 +77,8 @@ HEADLINE_SUITES = ("classic", "mujoco")
 EFFICIENCY = [("kfac", "CartPole-v1", 100_000), ("kfac", "Acrobot-v1", 100_000), ("kfac", "HalfCheetah-v5", 500_000)]
 """(algorithm, environment, steps) whose sample efficiency is compared with A2C's"""
 
+POOLED_SEEDS = 3
+"""at least, of both sides, where returns are pooled"""
 SAME_SOLUTION = (("ddpg", "td3", "sac"), "Pendulum-v1", 20_000)
 """algorithms that end with as good as the same policy, where and after how many steps"""
 
@@ -110,12 +112,12 @@ PUBLISHED = {
 REMARKS = {
     ("classic", "reinforce"): (
         "Solves CartPole as PPO does, at a budget that is too small for A2C. It learns from whole episodes: on Acrobot "
-        "half of the seeds never see the goal within the budget, where A2C and PPO always do, and on Pendulum it has "
-        "hardly begun to learn, no better than A2C and far behind PPO."
+        "half of the seeds see the goal once or never and end where they began, so that the IQM is no seed's return; "
+        "A2C and PPO always learn. On Pendulum it has hardly begun, no better than A2C and far behind PPO."
     ),
     ("classic", "kfac"): (
-        "Far ahead of A2C on CartPole and Pendulum, level with it on Acrobot; level with PPO but for Pendulum, where "
-        "one seed got stuck and most others stay a little behind."
+        "Far ahead of A2C, at steps that are too few for A2C's settings, on CartPole and Pendulum, level with it on "
+        "Acrobot; level with PPO but for Pendulum, where one seed got stuck and most others stay a little behind."
     ),
     ("classic", "grpo"): (
         "Ends level with PPO on CartPole and Acrobot without any critic, but takes longer. On Pendulum it has hardly "
@@ -123,7 +125,7 @@ REMARKS = {
     ),
     ("model-based", "mbpo"): (
         "Runs forward where SAC, from the same number of steps, has hardly begun to learn; each of its steps takes "
-        "many times the computing time."
+        "many times the computing time, for the model and for more gradient steps than SAC's one."
     ),
 }
 """What to say of an algorithm in a suite that SB3 has no counterpart of; beside the figures, so without any."""
@@ -138,24 +140,27 @@ trained policy is evaluated deterministically for 10 episodes. One seed gives on
 episodes.
 
 - **ours**, **SB3**: interquartile mean (IQM) over seeds [95 % interval]. The IQM leaves out the lowest and the
-  highest quarter of the seeds, rounded down: with fewer than 4 seeds it is the plain mean.
+  highest quarter of the seeds, rounded down: with fewer than 4 seeds it is the plain mean. So it does not show that a
+  few seeds have failed: **worst seed** does, ours / SB3's. **seeds**: measured / planned, where some are missing.
 - **difference**: IQM of ours − IQM of Stable-Baselines3 (SB3). Where both sides are run, all of a row is over the
   seeds that both have.
 - **P(ours > SB3)**: share of pairs (a seed of ours, a seed of SB3) in which ours is better; a tie counts half.
-- Intervals are percentile bootstraps, 10 000 resamples of the seeds. From 3 seeds they are too narrow: read them as a
-  spread, not as a test.
+- Intervals are percentile bootstraps, 10 000 resamples of the seeds. With only 3 seeds they are too narrow: read them
+  as a spread, not as a test.
 - With the same seed both sides are evaluated from the same 10 start states, so what compares them resamples their
   seeds together. Neighbouring seeds have 9 of them in common: where start states decide much of the return, as on
   Pendulum, the seeds of one side are alike, and its own interval is narrower than that of seeds further apart.
-- **verdict**: whether the interval of the difference reaches 0; from 3 or 4 seeds, "few seeds", that is no test.
+- **verdict**: whether the interval of the difference reaches 0, which does not show that the two sides are equal, or
+  which side is better; with 3 or 4 seeds, "few seeds", that is no test, and with fewer there is none.
 - DQN is Double DQN here, the script's default, and plain DQN in SB3, which has no other.
 - An algorithm that SB3 does not have stands beside SB3's A2C and PPO (MBPO: SAC) after the same number of steps, each
-  with the settings recommended for it here. Recommended settings for more steps than a suite's are run for the
-  suite's.
+  with the settings recommended for it here; in brackets SB3's seeds. Where these settings are meant for a longer run,
+  they are taken unchanged for the suite's shorter one: A2C's are, on all three tasks of classic control.
 - Speed is not compared here, because these runs shared their machine with other work: see the table on throughput.
 - **published**: what others report, with their own hyperparameters and environment versions, so for orientation.
   CleanRL: mean training return ± deviation over 3 seeds, 500k steps (classic control) or 1M (MuJoCo)
-  ([source](https://docs.cleanrl.dev/rl-algorithms/ppo/)). Zoo: RL Baselines3 Zoo, one tuned run, deterministic
+  (sources: [PPO](https://docs.cleanrl.dev/rl-algorithms/ppo/), [TD3](https://docs.cleanrl.dev/rl-algorithms/td3/),
+  [SAC](https://docs.cleanrl.dev/rl-algorithms/sac/)). Zoo: RL Baselines3 Zoo, one tuned run, deterministic
   evaluation ([source](https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md)). Engstrom et al. 2020:
   [arXiv 2005.12729](https://arxiv.org/abs/2005.12729).
 - † The code has changed since at least one of these runs was measured, or which code ran is not known. A change
@@ -165,7 +170,7 @@ episodes.
 SUITE = """
 ## {suite}
 
-{table}
+{coverage}{table}
 
 {remarks}![Learning curves of the suite {suite}]({plot})
 
@@ -191,35 +196,38 @@ THROUGHPUT = """
 Environment steps per second of training on the CPU, same flags and number of PyTorch threads on both sides, from
 `python benchmarks/throughput.py`. The settings alternate and a ratio is taken over SB3 of the same round: above 1
 is faster than SB3; median [least, greatest] over the rounds. Compilation is not counted. † Measured with older code or
-other flags.
+other flags.{machines}
 
 {table}
 
 - **over the best peer**: the faster setting over the fastest of SB3, CleanRL and SBX (JAX), which were measured beside
-  SB3 in another run ([throughput.py](throughput.py), `PEERS`); its ratio to SB3 is taken from there. CleanRL's DDPG
-  updates its policy with every second step only, unless told otherwise: a quarter less arithmetic than here and in SB3.
-  The machine was slower then, and a ratio does not carry over to the last tenth.
+  SB3 in another run ([throughput.py](throughput.py), `PEERS`: constants, they cannot be measured again from here); its
+  ratio to SB3 is taken from there. CleanRL's DDPG updates its policy with every second step only, unless told
+  otherwise: a quarter less arithmetic than here and in SB3. {slower}A ratio does not carry over to the last tenth.
 - **environment alone**, **products**, **above the floor**: what the faster setting's time goes into. The environments'
   part is what they take alone with random actions, the products' what training's matrix products take at the rate that
   the machine reaches for 256 × 256; what is above is element-wise arithmetic, smaller products' lower rate, memory, and
-  what PyTorch and Python take to call it all; and within training the environments are slower than alone, see below.
+  what PyTorch and Python take to call it all; and in off-policy training the environments are slower than alone.
 - **of the floor**: the first two over the whole; 100% would be these two, one after the other, and nothing else.
 """
 
 BREAKDOWN = """
 ### Where a step's time goes
 
-![Microseconds per environment step, by parts]({plot})
+![Parts of the time of training]({plot})
 
 From [breakdown.py](breakdown.py), one training each, at another time than the table above: microseconds per environment
 step, and the part of them that is spent in each place{changed}.
 
-- **environment**: a step of it; beside it what it takes in training, and alone, when random actions are all that comes
-  between two steps. Why it takes longer in training is not measured here; cold caches, and with two threads PyTorch's
-  second one on the other core, would do it.
+- **environment**: the part that is spent in the environments' steps. The last two columns are the time of one step, in
+  training and alone, with random actions and nothing between two steps. Where a rollout is collected at once it is
+  about the same, and several times longer where an update comes between two steps (DQN, DDPG, TD3, SAC). Why is not
+  measured here; cold caches, and with two threads PyTorch's second one on the other core, would do it.
 - **gradient**: targets, loss, backward pass and the bound on its norm. TRPO's includes the search for the step
   (compiled is only its critic's), that of PPO on pixels the optimiser.
 - **the rest**: acting, advantages, minibatches of a rollout, logging, and Python between them.
+
+A single training each: rows of the same work, and this table and the one above, differ by what the machine did beside.
 
 {table}
 """
@@ -229,12 +237,12 @@ GROWTH = """
 
 ![Steps per second and memory]({plot})
 
-From [growth.py](growth.py), measurements a point: {rounds}; median, least and greatest{changed}. Environments: PPO on
+From [growth.py](growth.py), measurements a point: {rounds}{spread}{changed}. Environments: PPO on
 CartPole-v1, one PyTorch thread; every iteration takes 128 steps in each environment and then 16 gradient steps, so that
 minibatches grow too. Width: SAC on HalfCheetah-v5, two threads, with two layers of that many units and minibatches of
 256. Batch size: the same with layers of 256. Buffer size: the memory of SAC's full replay buffer for HalfCheetah-v5
 {bytes}. SB3 keeps its observations as the float64 that they come in.
-Width 256 and batch size 256 are the same training, measured twice: how far they are apart is the machine's doing.
+{twice}
 """
 
 MODEL_BASED_THROUGHPUT = """
@@ -251,20 +259,23 @@ AGGREGATE = """
 
 ![Profile, returns over steps and over time]({plot})
 
-The {pairs} pairs of algorithm and environment, and their seeds, that both sides have measured. Returns are normalised
-per environment, 0 a random policy's and 1 the Zoo's best among these algorithms ([aggregate.py](aggregate.py)), so that
-they can be pooled. IQM over all runs [95 % interval, 1000 resamples of the seeds within each pair], as the bands. Left:
+The {pairs} pairs of algorithm and environment, each after its own number of steps, of which both sides have measured
+at least {least} seeds, and these seeds. Returns are normalised per environment, 0 a random policy's and 1 the Zoo's
+best among these algorithms ([aggregate.py](aggregate.py)), so that they can be pooled. IQM over all runs [95 %
+interval, 1000 resamples of the seeds within each pair, for the difference of both sides' together], as the bands. Left:
 the share of runs whose evaluation is above τ. Middle and right: training return; time in units of SB3's median for the
-pair, from runs that shared their machine with other work, so for orientation: the table on throughput compares speed.
+pair, from runs that shared their machine with other work{compiled}: for orientation, as the table on throughput
+compares speed.
 """
 
 HEADLINE = """\
 <!-- headline: written by benchmarks/report.py -->
 {table}
 
-IQM of the evaluation return, ours / SB3's, with the same hyperparameters, number of steps and seeds; training steps per
-second over SB3's in the same run on a CPU, compiled or eager, whichever is faster. † The code has changed since.
-Seeds, intervals, learning curves and commands: [benchmarks](benchmarks/README.md).
+IQM of the evaluation return, ours / SB3's, with the same hyperparameters, number of steps and {seeds} seeds, or as
+many as a cell says (of 3, the mean); training steps per second over SB3's in the same run on a CPU, eager / with
+`--compile`, the compilation itself not counted. † The code has changed since. Intervals, learning curves and commands:
+[benchmarks](benchmarks/README.md).
 
 ![{suite}: profile, returns over steps and over time](benchmarks/plots/{suite}_all.png)
 <!-- end of headline -->"""
@@ -279,9 +290,9 @@ to a fiftieth of the run, and with 3 seeds × is a rough figure.
 {table}
 
 ACKTR's authors claim 2 to 3 × fewer steps than A2C. K-FAC shows that here on Acrobot alone. On CartPole A2C climbs as
-fast and then falls back: its final return is low and both pass it early, but only K-FAC goes on to the maximum. On
-HalfCheetah A2C updates after every 64 environment steps and K-FAC after 1024, both see normalised observations, which
-are half of what a preconditioner is for, and the seeds differ by more than the algorithms.
+fast and then falls back: its final return is low and both pass it early, but within these steps only K-FAC goes on to
+the maximum. On HalfCheetah A2C updates after every 64 environment steps and K-FAC after 1024, both see normalised
+observations, and the seeds differ by more than the algorithms.
 """
 
 IMITATION = """
@@ -294,8 +305,9 @@ on HalfCheetah-v5, our PPO's on Hopper-v5. IQM over {seeds} seeds [95 % interval
 
 ![Return against the number of labels]({plot})
 
-DAgger learns from fewer labels on HalfCheetah, where an episode goes on after a mistake, and cloning on Hopper, where a
-fall ends it: there an early learner, and so DAgger's labels, do not get beyond the first steps of an episode.
+On HalfCheetah, where an episode goes on after a mistake, DAgger is ahead with the fewest labels, and from then on the
+two cannot be told apart. On Hopper, where a fall ends the episode, cloning is ahead at every number of labels: DAgger's
+come from the learner's own short episodes and show it little of how the expert goes on.
 
 <details><summary>Commands and code of every run</summary>
 
@@ -308,9 +320,10 @@ SOLVING = """
 ## Steps to solve
 
 MBPO against SAC on {env_id}, each script's own settings ([steps_to_solve.py](steps_to_solve.py)): environment steps
-until the deterministic policy, evaluated every {every} steps for {episodes} fresh episodes, first reaches {solved}.
-IQM over {seeds} seeds [95 % interval], and all seeds. × is how many times fewer steps MBPO took. A run that never
-got there counts as {steps} steps.
+until the deterministic policy, evaluated every {every} steps from the same {episodes} start states, first reaches
+{solved}. IQM over {seeds} seeds [95 % interval], and all seeds. × is how many times fewer steps MBPO took; with each of
+them it takes more gradient steps than SAC. A run that never got there counts as {steps} steps, and one that did may
+fall back, which the last return shows.
 
 {table}
 
@@ -322,8 +335,9 @@ COMPOUNDING = """
 
 Mistakes in T steps on a ledge that the expert never falls from, where every step goes wrong with probability
 {error}, of policies that have learned from {labels} labels ([compounding_error.py](compounding_error.py)). Mean over
-{seeds} seeds [95 % bootstrap interval]. The exponent k of mistakes ∝ T^k is fitted to the logarithms; the expected
-numbers' own is a little below 2 for cloning, since an episode cannot have more than T mistakes.
+{seeds} seeds [95 % bootstrap interval], the same ones in every row, which therefore err together. The exponent k of
+mistakes ∝ T^k is fitted to the logarithms; the expected numbers' own is a little below 2 for cloning, whose expectation
+begins as T (T + 1) / 2 and then bends, since an episode cannot have more than T mistakes.
 
 {table}
 
@@ -343,8 +357,9 @@ python benchmarks/steps_to_solve.py --workers 2
 python benchmarks/report.py
 ```
 
-`run.py` leaves alone what `results/runs.csv` already holds; `--results FOLDER` measures into an empty folder
-instead, and `--rerun-changed` measures anew what is marked † or was measured with another version of SB3.
+Each leaves alone what `results/` already holds, but for `throughput.py`, which replaces it. To measure everything
+again, give each of them, `report.py` too, `--results NEW/results`: the page is then `NEW/README.md`.
+`run.py --rerun-changed` measures anew what is marked † or was measured with another version of SB3.
 
 ## Raw data
 
@@ -352,7 +367,7 @@ instead, and `--rerun-changed` measures anew what is marked † or was measured 
 import pandas as pd
 
 runs = pd.read_csv("benchmarks/results/runs.csv")
-runs.groupby(["algo", "env_id", "impl"]).eval_mean.describe()
+runs.groupby(["algo", "env_id", "total_timesteps", "impl"]).eval_mean.describe()
 # r: return, l: length in steps, t: seconds since the start
 episodes = pd.read_csv("benchmarks/results/episodes/{example}.csv.gz")
 ```
@@ -406,9 +421,8 @@ def comparison(algo: str, env_id: str, steps: int, runs: pd.DataFrame, cells: li
     if algo not in MODELS:
         others = {other: runs_of(runs, "sb3", other, env_id, steps) for other in beside(algo)}
         shown = pd.concat([shown, *others.values()])
-        sb3 = "; ".join(
-            f"{name.upper()} {estimate(iqm, z['eval_mean'].to_numpy())} ({len(z)})" for name, z in others.items()
-        )
+        measured = {name.upper(): z["eval_mean"].to_numpy() for name, z in others.items() if len(z)}
+        sb3 = "; ".join(f"{name} {estimate(iqm, z)} ({len(z)})" for name, z in measured.items()) or "—"
     return {
         "algorithm": algo + dagger(shown),
         "environment": env_id,
@@ -419,8 +433,20 @@ def comparison(algo: str, env_id: str, steps: int, runs: pd.DataFrame, cells: li
         "difference": estimate(iqm_difference, x, y, paired=True) if pairs else "—",
         "P(ours > SB3)": estimate(probability_of_improvement, x, y, paired=True) if pairs else "—",
         "verdict": verdict(x, y) if pairs else "—",
+        "worst seed": " / ".join(number(z.min(), digits_of(z.min())) for z in (x, y) if len(z)),
         "published": PUBLISHED.get((algo, env_id), "—"),
     }
+
+
+def coverage(cells: list[Cell], recorded: list[Cell]) -> str:
+    """What of a suite has been measured, "" where all has."""
+    planned, measured = ({(cell.algo, cell.env_id, cell.total_timesteps) for cell in x} for x in (cells, recorded))
+    if len(recorded) == len(cells):
+        return ""
+    return (
+        f"{len(recorded)} of the suite's {len(cells)} runs have been made, of {len(measured)} of its {len(planned)} "
+        "pairs of algorithm and environment; the others are not in the table.\n\n"
+    )
 
 
 def start_states(runs: pd.DataFrame) -> str:
@@ -517,10 +543,29 @@ def model_based_table(measurements: pd.DataFrame) -> str:
     return markdown(rows)
 
 
+def peers_machine(measurements: pd.DataFrame) -> str:
+    """How much slower SB3 was where the peers were measured; "" where nothing of theirs is measured here."""
+    speeds = summary(measurements)["steps/s"].unstack("setting").get("sb3", pd.Series())
+    slower = [speeds[work] / sb3 for work, (_, _, sb3) in PEERS.items() if speeds.get(work, np.nan) > 0]
+    if not slower:
+        return ""
+    return f"SB3 was {number(min(slower), 1)} to {number(max(slower), 1)} times slower there than here. "
+
+
+def machines(measurements: pd.DataFrame) -> str:
+    """Where the works were measured."""
+    names = measurements.get("machine", pd.Series()).dropna().unique()
+    return f" Machine: {'; '.join(names)}." if len(names) else ""
+
+
 def throughput_section(measurements: pd.DataFrame) -> str:
     """The tables of what has been measured."""
     model_based = measurements["work"].map(lambda x: x in WORKS and WORKS[x].settings == MODEL_BASED_SETTINGS)
-    section = THROUGHPUT.format(table=throughput_table(measurements[~model_based]))
+    section = THROUGHPUT.format(
+        table=throughput_table(measurements[~model_based]),
+        slower=peers_machine(measurements),
+        machines=machines(measurements),
+    )
     for work, rows in measurements[model_based].groupby("work"):
         speed = rows.pivot(index="round", columns="setting", values="steps_per_second")
         section += MODEL_BASED_THROUGHPUT.format(
@@ -567,6 +612,18 @@ def breakdown(results: Path) -> str:
     return BREAKDOWN.format(plot="plots/breakdown.png", changed=changed, table=markdown(table))
 
 
+def measured_twice(rows: pd.DataFrame) -> str:
+    """What width 256 and batch size 256, which are the same training, differ by; "" without both."""
+    medians = rows[rows["size"] == 256].groupby(["axis", "setting"])["value"].median()
+    ratios = [medians.get((x, "eager"), np.nan) / medians.get((x, "sb3"), np.nan) for x in ("width", "batch_size")]
+    if np.isnan(ratios).any():
+        return ""
+    return (
+        "Width 256 and batch size 256 are the same training, measured twice: eager over SB3 is "
+        f"{number(ratios[0], 2)} in one and {number(ratios[1], 2)} in the other, and smaller differences mean nothing."
+    )
+
+
 def growth(results: Path) -> str:
     """The section on growth.csv, "" without it; draws its plot."""
     path = results / "growth.csv"
@@ -604,6 +661,8 @@ def growth(results: Path) -> str:
     return GROWTH.format(
         plot="plots/growth.png",
         rounds=" to ".join(map(str, sorted({*speed.value_counts()}))),
+        spread="; median, least and greatest" if speed.duplicated().any() else "",
+        twice=measured_twice(rows),
         changed=" († some with older code or other flags)" if changed else "",
         bytes=f"(bytes a transition: {each})" if each else "",
     )
@@ -652,9 +711,10 @@ def plot_suite(groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: 
 def aggregate_section(suite: str, groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: Path) -> str:
     """What both sides have measured of a suite, pooled; "" for fewer than two pairs; draws its plot."""
     pairs = paired([group for group in groups if group[1] in REFERENCES], runs)
+    pairs = [(key, seeds) for key, seeds in pairs if len(seeds) >= POOLED_SEEDS]
     if len(pairs) < 2:
         return ""
-    strata = measured_on_both_sides(groups, runs, results)
+    strata = measured_on_both_sides([key for key, _ in pairs], runs, results)
     plot = results.parent / "plots" / f"{suite}_all.png"
     plot_aggregate(strata, plot)
     rows = []
@@ -662,7 +722,17 @@ def aggregate_section(suite: str, groups: list[tuple[str, str, int]], runs: pd.D
         middle, low, high = (number(x, 3) for x in stratified(iqm, strata[impl]["evaluation"]))
         used = pd.concat([of_seeds(runs_of(runs, impl, *key), seeds) for key, seeds in pairs])
         rows.append({"": label + dagger(used), "runs": len(used), "normalised return": f"{middle} [{low}, {high}]"})
-    return AGGREGATE.format(suite=suite, pairs=len(pairs), table=markdown(rows), plot=f"plots/{plot.name}")
+    middle, low, high = (number(x, 3) for x in stratified(iqm_difference, *(strata[x]["evaluation"] for x in LABELS)))
+    rows.append({"": "difference", "runs": "", "normalised return": f"{middle} [{low}, {high}]"})
+    ours = pd.concat([runs_of(runs, "ours", *key) for key, _ in pairs])
+    return AGGREGATE.format(
+        suite=suite,
+        pairs=len(pairs),
+        least=POOLED_SEEDS,
+        compiled=", some of ours compiled" if ours["command"].str.contains("--compile").any() else "",
+        table=markdown(rows),
+        plot=f"plots/{plot.name}",
+    )
 
 
 def headline(runs: pd.DataFrame, measurements: pd.DataFrame) -> str:
@@ -675,20 +745,24 @@ def headline(runs: pd.DataFrame, measurements: pd.DataFrame) -> str:
     ]
     pairs = [(key, seeds) for key, seeds in paired(list(dict.fromkeys(groups)), runs) if len(seeds) >= 3]
     env_ids = list(dict.fromkeys(env_id for (_, env_id, _), _ in pairs))
-    speeds = summary(measurements)["median"].unstack("setting").reindex(columns=OUR_SETTINGS).max(axis=1)
+    usual = max(len(seeds) for _, seeds in pairs)
+    speeds = summary(measurements)["median"].unstack("setting").reindex(columns=OUR_SETTINGS)
     rows = {}
     for (algo, env_id, steps), seeds in pairs:
         row = rows.setdefault(algo, {"": f"[{algo}](algos/{algo}.py)"} | dict.fromkeys(env_ids, "–"))
         used = [of_seeds(runs_of(runs, impl, algo, env_id, steps), seeds) for impl in LABELS]
         x, y = (iqm(side["eval_mean"].to_numpy()) for side in used)
-        row[env_id] = " / ".join(number(value, min(1, digits_of(x, y))) for value in (x, y)) + dagger(pd.concat(used))
+        few = f" ({len(seeds)} seeds)" if len(seeds) < usual else ""
+        row[env_id] = " / ".join(number(value, min(1, digits_of(x, y))) for value in (x, y)) + few
+        row[env_id] += dagger(pd.concat(used))
         works = [work for work in speeds.index if work.startswith(f"{algo} ")]
         speed = "; ".join(
-            f"{number(speeds[work], 1)} × on {work.removeprefix(algo).strip()}{speed_dagger(measurements, work)}"
+            f"{' / '.join(number(x, 1) for x in speeds.loc[work].dropna())} × on {work.removeprefix(algo).strip()}"
+            + speed_dagger(measurements, work)
             for work in works
         )
         row["training steps per second"] = speed or "–"
-    return HEADLINE.format(table=markdown(list(rows.values())), suite=HEADLINE_SUITES[0])
+    return HEADLINE.format(table=markdown(list(rows.values())), suite=HEADLINE_SUITES[0], seeds=usual)
 
 
 def put_into(readme: Path, text: str) -> None:
@@ -811,7 +885,7 @@ def imitation(cells: list[Cell], runs: pd.DataFrame, results: Path) -> str:
     rows, columns = [], [env_id for env_id in EXPERTS if env_id in dict(measured)]
     if not columns:
         return ""
-    experts = pd.read_csv(results / "experts" / "experts.csv", index_col="env_id")
+    experts = pd.read_csv(RESULTS / "experts" / "experts.csv", index_col="env_id")  # what the runs start from
     figure, axes = plt.subplots(1, len(columns), figsize=(5 * len(columns), 3.8), squeeze=False, layout="constrained")
     for env_id, ax in zip(columns, axes.flat):
         budgets = sorted(labels for env, labels in measured if env == env_id)
@@ -824,7 +898,8 @@ def imitation(cells: list[Cell], runs: pd.DataFrame, results: Path) -> str:
         ax.set_xticks(budgets, map(str, budgets))
         ax.set_title(env_id, fontsize=11)
         tidy(ax, "labels", "return")
-        rows += [row | {"expert": number(expert, 0)} for row in labels_rows(env_id, budgets, runs)]
+        column = f"expert ({experts.loc[env_id, 'eval_episodes']} episodes)"
+        rows += [row | {column: number(expert, 0)} for row in labels_rows(env_id, budgets, runs)]
     save(figure, results.parent / "plots" / "labels.png")
     return IMITATION.format(
         seeds=len({cell.seed for cell in cells}),
@@ -906,6 +981,7 @@ def main() -> None:
         plot_suite(list(groups), runs, args.results, plot)
         page += SUITE.format(
             suite=suite,
+            coverage=coverage(cells, recorded),
             table=markdown([comparison(*key, runs, group) for key, group in groups.items()]),
             remarks="".join(f"- {algo}: {text}\n" for (of, algo), text in REMARKS.items() if of == suite)
             + (start_states(runs) if suite == "classic" else "")

@@ -16,6 +16,8 @@ Writes benchmarks/results/throughput.csv and prints the ratios.
 import contextlib
 import importlib
 import os
+import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -39,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 SETTINGS = ("eager", "compile", "sb3", "environment", "products")
-COLUMNS = ("work", "setting", "round", "steps_per_second", "date", "code_sha256", "flags")
+COLUMNS = ("work", "setting", "round", "steps_per_second", "date", "code_sha256", "flags", "machine")
 MODEL_BASED_SETTINGS = ("eager", "updates", "sac")
 
 
@@ -293,6 +295,16 @@ def measure_in_process(name: str, setting: str) -> float:
     return float(process.stdout.splitlines()[-1])
 
 
+def machine() -> str:
+    """The processor's name and the number of cores that this process may use."""
+    try:
+        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
+    except (OSError, TypeError):
+        name = platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
 def summary(measurements: pd.DataFrame) -> pd.DataFrame:
     """Per work and setting: median steps/s, its ratio to SB3 (or sac.py), and the parts that environment, products and
     both of them, the floor, have in its time, all within a round."""
@@ -333,7 +345,7 @@ def main() -> None:
                 bar.set_description(f"{name}, {setting}")
                 code = source_sha256(*code_of(WORKS[name], setting))
                 speed = round(measure_in_process(name, setting), 1)
-                rows.append((name, setting, number, speed, today, code, WORKS[name].flags))
+                rows.append((name, setting, number, speed, today, code, WORKS[name].flags, machine()))
                 bar.update()
         measurements = pd.concat([others, pd.DataFrame(rows, columns=COLUMNS)])
         measurements.to_csv(path, index=False)  # a round that has ended is kept, whatever comes

@@ -1,9 +1,12 @@
 """benchmarks/aggregate.py: what both sides have measured, pooled."""
 
+import shutil
+
 import aggregate
 import numpy as np
 import pandas as pd
 import pytest
+import report
 import run
 
 BINS = aggregate.BINS
@@ -39,6 +42,15 @@ def test_seeds_are_resampled_within_each_pair_of_algorithm_and_environment():
     deviation = np.arange(10).std() / 10**0.5 / 2
     assert mean == 52.25 and low == pytest.approx(mean - 1.96 * deviation, abs=0.15)
     assert high == pytest.approx(mean + 1.96 * deviation, abs=0.15)
+
+
+def test_a_difference_resamples_the_same_seeds_on_both_sides():
+    """What a seed has in common on both sides is no difference, however far apart the seeds are."""
+    ours = [np.arange(10.0) * 100, np.arange(4.0)]
+    sb3 = [x - 3 for x in ours]
+    np.testing.assert_allclose(aggregate.stratified(lambda x, y: x.mean(-1) - y.mean(-1), ours, sb3), 3)
+    _, low, high = aggregate.stratified(mean_of_runs, ours)
+    assert low < high - 100
 
 
 def test_a_course_is_the_iqm_of_the_runs_in_each_bin():
@@ -83,3 +95,27 @@ def test_only_what_both_sides_have_measured_is_pooled(recorded):
         np.testing.assert_allclose(evaluation, np.array([2, 3]) / (500 - 22.2))
         np.testing.assert_allclose(steps, [rise, rise], atol=2e-3)
         np.testing.assert_allclose(time, [np.minimum(speed * rise, rise[-1])] * 2, atol=0.03)
+
+
+def test_the_section_pools_pairs_of_enough_seeds(recorded, monkeypatch):
+    """Both sides share two seeds of A2C on CartPole and, once copied there, of PPO and DQN."""
+    runs, results = recorded
+    for impl, _, *rest in runs.index:
+        a2c, ppo, dqn = (
+            results / "episodes" / f"{run.Cell(impl, x, *rest).name}.csv.gz" for x in ("a2c", "ppo", "dqn")
+        )
+        shutil.copy(a2c, ppo)
+        shutil.copy(a2c, dqn)
+    runs = [
+        runs.reset_index().assign(algo=algo, command="", code_sha256="", versions="") for algo in ("a2c", "ppo", "dqn")
+    ]
+    runs[2]["command"] = "dqn.py --compile"
+    runs = pd.concat(runs).set_index(run.KEY).sort_index()
+    groups = [(algo, "CartPole-v1", 100_000) for algo in ("a2c", "ppo", "dqn")]
+    assert report.aggregate_section("classic", groups, runs, results) == ""
+    monkeypatch.setattr(report, "POOLED_SEEDS", 2)
+    assert report.aggregate_section("classic", groups[:1], runs, results) == ""
+    section = report.aggregate_section("classic", groups[:2], runs, results)
+    assert "The 2 pairs" in section and "at least 2 seeds" in section and "compiled" not in section
+    assert "| ours † | 4 | 0.005 [0.004, 0.006] |" in section and "| difference |  | 0.000 [0.000, 0.000] |" in section
+    assert "some of ours compiled" in report.aggregate_section("classic", groups, runs, results)

@@ -492,6 +492,21 @@ def test_a_row_compares_the_seeds_that_both_sides_have(measured):
     assert report.comparison("a2c", "CartPole-v1", 100_000, runs, cells)["verdict"] == "SB3 better, few seeds"
     row = report.comparison("a2c", "CartPole-v1", 100_000, runs.drop(index=list(map(astuple, cells[:6:2]))), cells)
     assert (row["seeds"], row["ours"], row["difference"]) == ("3/4", "—", "—") and row["SB3"].startswith("302.0")
+    assert row["worst seed"] == "301.0"
+
+
+def test_a_failed_seed_is_shown_beside_the_iqm_that_leaves_it_out(measured):
+    runs, _ = measured
+    cells = [run.Cell(impl, "a2c", "CartPole-v1", seed, 100_000) for seed in (1, 2, 3) for impl in ("ours", "sb3")]
+    runs.loc[astuple(cells[2]), "eval_mean"] = 9.0
+    assert report.comparison("a2c", "CartPole-v1", 100_000, runs, cells)["worst seed"] == "9.00 / 301.0"
+
+
+def test_what_a_suite_still_lacks_is_said():
+    cells = [run.Cell("ours", algo, "CartPole-v1", seed, 5) for algo in ("ppo", "a2c") for seed in (1, 2)]
+    assert report.coverage(cells, cells) == ""
+    text = report.coverage(cells, cells[:1])
+    assert text.startswith("1 of the suite's 4 runs have been made, of 1 of its 2 pairs")
 
 
 def test_start_states_are_what_seeds_differ_by():
@@ -518,12 +533,24 @@ def test_the_headline_shows_what_is_slower_too(measured):
     speeds = [("a2c CartPole", setting, i, x) for i in (1, 2) for setting, x in (("eager", 50.0), ("sb3", 100.0))]
     speeds = pd.DataFrame(speeds, columns=["work", "setting", "round", "steps_per_second"])
     text = report.headline(runs, speeds.assign(code_sha256="older", flags=""))
-    assert "| [a2c](algos/a2c.py) | 202.0 / 302.0 † | 0.5 × on CartPole † |" in text
+    assert "| [a2c](algos/a2c.py) | 202.0 / 302.0 † | 0.5 × on CartPole † |" in text and "and 3 seeds" in text
     now = speeds.assign(flags=report.WORKS["a2c CartPole"].flags)
     now["code_sha256"] = [run.source_sha256("sb3" if x == "sb3" else "ours", "a2c") for x in now["setting"]]
     assert "| 0.5 × on CartPole |" in report.headline(runs, now)
+    compiled = now[now["setting"] == "eager"].assign(setting="compile", steps_per_second=200.0)
+    assert "| 0.5 / 2.0 × on CartPole |" in report.headline(runs, pd.concat([now, compiled]))
     now.loc[now["setting"] == "sb3", "code_sha256"] = "older"
     assert "| 0.5 × on CartPole † |" in report.headline(runs, now)
+
+
+def test_the_headline_says_where_there_are_fewer_seeds(measured, monkeypatch):
+    runs, _ = measured
+    more = runs.reset_index().assign(total_timesteps=100_000, env_id="Acrobot-v1")
+    more = pd.concat([more, more.assign(seed=more["seed"] + 3)]).set_index(run.KEY)
+    speeds = pd.DataFrame([("a2c CartPole", "eager", 1, 1.0), ("a2c CartPole", "sb3", 1, 1.0)])
+    speeds = speeds.set_axis(["work", "setting", "round", "steps_per_second"], axis=1).assign(code_sha256="", flags="")
+    text = report.headline(pd.concat([runs, more]).sort_index(), speeds)
+    assert "| 202.0 / 302.0 (3 seeds) † | 202.0 / 302.0 † |" in text and "and 6 seeds" in text
 
 
 # Recording and reporting ------------------------------------------------------------------------------------
@@ -596,7 +623,7 @@ def test_an_algorithm_without_counterpart_stands_beside_sb3s_a2c_and_ppo(measure
     cells = [run.Cell("ours", "kfac", "CartPole-v1", seed, 100_000) for seed in (1, 2, 3, 4)]
     row = report.comparison("kfac", "CartPole-v1", 100_000, runs, cells)
     assert row["ours"].startswith("102.0 [") and row["seeds"] == "3/4"
-    assert row["SB3"].startswith("A2C 302.0 [") and "(3); PPO — (0)" in row["SB3"]
+    assert row["SB3"].startswith("A2C 302.0 [") and row["SB3"].endswith("(3)") and "PPO" not in row["SB3"]
     assert (row["difference"], row["verdict"]) == ("—", "—")
 
 
@@ -676,7 +703,7 @@ def test_compounding_error_measures_what_is_missing(tmp_path, monkeypatch):
     assert "1 seeds" in report.compounding(tmp_path) and "| bc † |" in report.compounding(tmp_path)
 
 
-def test_labels_are_compared_where_every_seed_is_measured(measured):
+def test_labels_are_compared_where_every_seed_is_measured(measured, monkeypatch):
     runs, results = measured[0].assign(command="", date="", script_sha256=""), measured[1]
     cells = run.cells_of("imitation")
     returns = {cell: cell.total_timesteps * (2 if cell.algo == "dagger" else 1) for cell in cells}
@@ -685,14 +712,16 @@ def test_labels_are_compared_where_every_seed_is_measured(measured):
     index = pd.MultiIndex.from_tuples([astuple(cell) for cell in returns], names=run.KEY)
     rows = pd.DataFrame([runs.iloc[0].to_dict() | {"eval_mean": x} for x in returns.values()], index=index).sort_index()
     (results / "experts").mkdir()
-    experts = pd.DataFrame({"env_id": suites.EXPERTS.keys(), "eval_mean": 5000.0})
+    experts = pd.DataFrame({"env_id": suites.EXPERTS.keys(), "eval_mean": 5000.0, "eval_episodes": 9})
     experts.to_csv(results / "experts" / "experts.csv", index=False)
+    monkeypatch.setattr(report, "RESULTS", results)
     today = [cell for cell in returns if cell.algo == "bc" and cell.env_id == "Hopper-v5"]
     rows.loc[list(map(astuple, today)), "code_sha256"] = [run.present_code(cell) for cell in today]
-    section = report.imitation(cells, rows, results)
+    section = report.imitation(cells, rows, results / "of another machine")
     assert "| HalfCheetah-v5 | 1000 | 1000 [1000, 1000] † | 2000 [2000, 2000] † |" in section
     assert "| Hopper-v5 | 500 | 500.0 [500.0, 500.0] | 1000 [1000, 1000] † |" in section
     assert "| Hopper-v5 | 1000 |" not in section and section.count("| 5000 |") == 7
+    assert "| expert (9 episodes) |" in section
     assert report.imitation(cells, rows.loc[list(suites.EXPERTS.values())], results) == ""
 
 

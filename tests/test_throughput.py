@@ -105,6 +105,13 @@ def test_mbpo_is_held_against_sac():
     section = report.throughput_section(pd.concat([rows, rows.assign(work="ppo CartPole")]))
     assert "(47% of the whole here" in section and "| ours, updates † | 3 | 38 | 0.95 | 0.95 | 0.95 |" in section
     assert section.index("ppo CartPole") < section.index("MBPO against")
+    assert "Machine" not in section and "slower there" not in section
+    sb3 = pd.DataFrame([("ppo CartPole", 8540.0, "one"), ("a2c CartPole", 7080.0, None)]).set_axis(
+        ["work", "steps_per_second", "machine"], axis=1
+    )
+    sb3 = pd.concat([sb3.assign(setting=x) for x in ("sb3", "eager")]).assign(round=1, code_sha256="", flags="")
+    section = report.throughput_section(sb3)
+    assert "SB3 was 1.0 to 2.0 times slower there than here." in section and "other flags. Machine: one." in section
     work = throughput.WORKS["mbpo HalfCheetah"]
     assert [throughput.code_of(work, x)[1] for x in work.settings] == ["mbpo", "mbpo", "sac"]
 
@@ -131,7 +138,7 @@ def test_rounds_that_have_ended_are_kept(monkeypatch, tmp_path):
         return 10.0 * len(calls) if len(calls) < 7 else sys.exit("ppo CartPole, eager: no more")
 
     monkeypatch.setattr(throughput, "measure_in_process", measure)
-    older = pd.DataFrame([("a2c CartPole", "eager", 1, 7.0, "", "", "")], columns=throughput.COLUMNS)
+    older = pd.DataFrame([("a2c CartPole", "eager", 1, 7.0, "", "", "", "")], columns=throughput.COLUMNS)
     older.to_csv(tmp_path / "throughput.csv", index=False)
     monkeypatch.setattr("sys.argv", ["", "--only", "ppo CartPole", "--rounds", "2", "--results", str(tmp_path)])
     with pytest.raises(SystemExit):
@@ -139,3 +146,4 @@ def test_rounds_that_have_ended_are_kept(monkeypatch, tmp_path):
     kept = pd.read_csv(tmp_path / "throughput.csv")
     assert kept["steps_per_second"].tolist() == [7, 10, 20, 30, 40, 50] and kept["round"].tolist() == [1] * 6
     assert set(kept["flags"][1:]) == {throughput.WORKS["ppo CartPole"].flags}
+    assert set(kept["machine"][1:]) == {throughput.machine()} and throughput.machine().endswith(" cores")
