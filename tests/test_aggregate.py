@@ -98,24 +98,22 @@ def test_only_what_both_sides_have_measured_is_pooled(recorded):
 
 
 def test_the_section_pools_pairs_of_enough_seeds(recorded, monkeypatch):
-    """Both sides share two seeds of A2C on CartPole and, once copied there, of PPO and DQN."""
+    """Both sides share two seeds of A2C on CartPole and, once copied there, of PPO and DQN, and one seed of TRPO."""
     runs, results = recorded
+    algos = ("a2c", "ppo", "dqn", "trpo")
     for impl, _, *rest in runs.index:
-        a2c, ppo, dqn = (
-            results / "episodes" / f"{run.Cell(impl, x, *rest).name}.csv.gz" for x in ("a2c", "ppo", "dqn")
-        )
-        shutil.copy(a2c, ppo)
-        shutil.copy(a2c, dqn)
-    runs = [
-        runs.reset_index().assign(algo=algo, command="", code_sha256="", versions="") for algo in ("a2c", "ppo", "dqn")
-    ]
+        a2c, *others = (results / "episodes" / f"{run.Cell(impl, x, *rest).name}.csv.gz" for x in algos)
+        for path in others:
+            shutil.copy(a2c, path)
+    runs = [runs.reset_index().assign(algo=algo, command="", code_sha256="", versions="") for algo in algos]
     runs[2]["command"] = "dqn.py --compile"
+    runs[3] = runs[3][runs[3]["seed"] == 2].assign(eval_mean=500.0)
     runs = pd.concat(runs).set_index(run.KEY).sort_index()
-    groups = [(algo, "CartPole-v1", 100_000) for algo in ("a2c", "ppo", "dqn")]
+    groups = [(algo, "CartPole-v1", 100_000) for algo in algos]
     assert report.aggregate_section("classic", groups, runs, results) == ""
     monkeypatch.setattr(report, "POOLED_SEEDS", 2)
     assert report.aggregate_section("classic", groups[:1], runs, results) == ""
-    section = report.aggregate_section("classic", groups[:2], runs, results)
+    section = report.aggregate_section("classic", [*groups[:2], groups[3]], runs, results)
     assert "The 2 pairs" in section and "at least 2 seeds" in section and "compiled" not in section
     assert "| ours † | 4 | 0.005 [0.004, 0.006] |" in section and "| difference |  | 0.000 [0.000, 0.000] |" in section
     assert "some of ours compiled" in report.aggregate_section("classic", groups, runs, results)

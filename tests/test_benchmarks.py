@@ -507,6 +507,7 @@ def test_what_a_suite_still_lacks_is_said():
     assert report.coverage(cells, cells) == ""
     text = report.coverage(cells, cells[:1])
     assert text.startswith("1 of the suite's 4 runs have been made, of 1 of its 2 pairs")
+    assert "3 of the suite's 4 runs have been made, of 2 of its 2 pairs" in report.coverage(cells, cells[:3])
 
 
 def test_start_states_are_what_seeds_differ_by():
