@@ -598,8 +598,8 @@ def step_envs(envs: gym.vector.VectorEnv, actions: Tensor) -> tuple:
 class Run:
     """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
 
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and the random state.
-    Under torchrun only rank 0 writes.
+    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
+    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
     """
 
     def __init__(self, args: Args, rank: int, modules: dict):
@@ -734,7 +734,10 @@ class Run:
 
 @torch.no_grad()
 def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
-    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment."""
+    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment.
+
+    A policy with a memory would have to carry it on here, and in export_policy.
+    """
     envs = make_envs(args, args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed + 1_000_000)
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)

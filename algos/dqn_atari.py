@@ -620,8 +620,8 @@ class Film:
 class Run:
     """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
 
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and the random state.
-    Under torchrun only rank 0 writes.
+    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
+    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
     """
 
     def __init__(self, args: Args, rank: int, modules: dict):

@@ -147,7 +147,10 @@ RECOMMENDED = {
 
 
 class RunningStatistics(nn.Module):
-    """Mean and variance of all samples so far, as buffers: saved, exported and frozen with the network."""
+    """Mean and variance of all samples so far, as buffers: saved, exported and frozen with the network.
+
+    `std`, which normalises, is what `update` makes of `var`.
+    """
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -158,7 +161,7 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, batch: Tensor) -> None:
-        """Merges a batch (B, *shape) of this and every other process (parallel variance, Chan et al. 1979)."""
+        """Merges a batch (B, *shape), B the same in all processes (parallel variance, Chan et al. 1979)."""
         mean = average(batch.mean(0))
         var = average((batch - mean).square().mean(0))
         count = len(batch) * (dist.get_world_size() if dist.is_initialized() else 1)
@@ -255,7 +258,10 @@ def categorical_log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[T
 
 
 def gaussian_log_prob_and_entropy(mean: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(a) and entropy in nats, both (…,), of N(mean, diag(σ²)), σ = exp(log_std); mean, actions (…, A)."""
+    """log p(a) and entropy in nats, both (…,), of N(mean, diag(σ²)), σ = exp(log_std); mean, actions (…, A).
+
+    log_std is (A,), the same in all states: another shape would be summed over the states, too.
+    """
     log_normaliser = (log_std + 0.5 * np.log(2 * np.pi)).sum()
     log_prob = -0.5 * ((actions - mean) * (-log_std).exp()).square().sum(-1) - log_normaliser
     return log_prob, (log_normaliser + 0.5 * len(log_std)).expand_as(log_prob)
@@ -322,7 +328,8 @@ def parameter_vector(module: nn.Module) -> nn.Parameter:
     """All parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Call it once, after `module.to`
-    and before anything else keeps the weights; then step with `vector_step`, as each parameter's .grad goes unread.
+    and before anything else keeps the weights; then step with `vector_step`: the optimiser never sees what
+    `loss.backward()` leaves in a parameter's .grad, and a parameter that is replaced later is trained no more.
     """
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -625,8 +632,8 @@ def step_envs(envs: gym.vector.VectorEnv, actions: Tensor) -> tuple:
 class Run:
     """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
 
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and the random state.
-    Under torchrun only rank 0 writes.
+    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
+    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
     """
 
     def __init__(self, args: Args, rank: int, modules: dict):
@@ -761,7 +768,10 @@ class Run:
 
 @torch.no_grad()
 def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
-    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment."""
+    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment.
+
+    A policy with a memory would have to carry it on here, and in export_policy.
+    """
     envs = make_envs(args, args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed + 1_000_000)
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)

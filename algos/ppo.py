@@ -12,13 +12,14 @@ with R̂_t = Â_t + V_old(s_t). Details that matter, and why:
 - A time limit is not a termination: a truncated step bootstraps from its true final observation.
 - Values and log-probabilities are computed once per rollout in one batch, so acting needs the policy alone.
 - Advantages are normalised per minibatch; Adam's ε is 1e-5; gradients are clipped by their global norm.
-- Orthogonal initialisation, gain √2, and 0.01 for the policy's last layer: the first policy is near uniform.
-- Running statistics are merged once per rollout and stay fixed in between: ρ is exactly 1 when the update starts.
-- Rewards are divided by the deviation of the discounted return, never shifted; what is logged is unscaled.
+- Orthogonal initialisation, gain √2, and 0.01 for the policy's last layer: at first it hardly looks at the observation.
+- Running statistics are merged once per rollout, at its end: log π_old is that of the policy that acted.
+- Rewards are divided by the deviation of the discounted return, never shifted; episodes are logged unscaled.
 - Box actions come from a Gaussian and are clipped to the space only on their way into the environment.
 
 Against Stable-Baselines3: the same update (parameters agree to 1e-5 after several rollouts, tests/test_ppo.py).
-SB3's VecNormalize moves its statistics at every step, here they move once per rollout.
+SB3's VecNormalize moves its statistics at every step, here they move once per rollout. SB3 reads its schedules after a
+rollout, here they are read before it.
 
     python algos/ppo.py                              # CartPole-v1, 100k steps: half a minute, 500 of 500
     python algos/ppo.py --env-id Pendulum-v1         # with its recommended settings: −190, IQM of 10 seeds
@@ -61,7 +62,7 @@ class Args:
     seed: int = 1
     """seed of everything random; same seed, same machine and thread count: same bits on CPU"""
     total_timesteps: int = 100_000
-    """environment steps, over all environments and processes"""
+    """environment steps, over all environments and processes, rounded up to whole rollouts"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the networks live; auto takes CUDA when there is one"""
     torch_threads: int = 1
@@ -85,7 +86,7 @@ class Args:
     num_envs: int = 4
     """parallel environments N (per process)"""
     normalize_observations: bool = False
-    """normalise observations by their running mean and deviation, clipped to ±10"""
+    """normalise Box observations by their running mean and deviation, clipped to ±10, from the second rollout on"""
     normalize_rewards: bool = False
     """divide rewards by the running deviation of the discounted return, clipped to ±10"""
 
@@ -93,13 +94,13 @@ class Args:
     num_steps: int = 128
     """steps T per environment and rollout"""
     num_minibatches: int = 4
-    """minibatches per epoch"""
+    """minibatches per epoch, of N·T / this many steps each (per process)"""
     update_epochs: int = 4
     """passes over each rollout"""
     learning_rate: float = 2.5e-4
     """Adam's step size"""
     anneal_lr: bool = True
-    """lower the learning rate linearly to 0"""
+    """lower the learning rate linearly, rollout by rollout, to 0 at --total-timesteps"""
     gamma: float = 0.99
     """discount γ"""
     gae_lambda: float = 0.95
@@ -109,13 +110,13 @@ class Args:
     anneal_clip: bool = False
     """lower the clipping range linearly to 0"""
     clip_value: float | None = None
-    """keep V within this distance of V_old in the value loss; None: off"""
+    """keep V within this distance of V_old in the value loss, as SB3 does; None: off"""
     normalize_advantages: bool = True
-    """normalise advantages per minibatch"""
+    """normalise advantages per minibatch (and process)"""
     ent_coef: float = 0.01
     """weight c_e of the entropy bonus"""
     vf_coef: float = 0.5
-    """weight c_v of the value loss"""
+    """weight c_v of the value loss, a mean of squares without ½"""
     max_grad_norm: float = 0.5
     """bound on the gradient's global norm"""
     target_kl: float | None = None
@@ -155,7 +156,10 @@ RECOMMENDED = {
 
 
 class RunningStatistics(nn.Module):
-    """Mean and variance of all samples so far, as buffers: saved, exported and frozen with the network."""
+    """Mean and variance of all samples so far, as buffers: saved, exported and frozen with the network.
+
+    `std`, which normalises, is what `update` makes of `var`.
+    """
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -166,7 +170,7 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, batch: Tensor) -> None:
-        """Merges a batch (B, *shape) of this and every other process (parallel variance, Chan et al. 1979)."""
+        """Merges a batch (B, *shape), B the same in all processes (parallel variance, Chan et al. 1979)."""
         mean = average(batch.mean(0))
         var = average((batch - mean).square().mean(0))
         count = len(batch) * (dist.get_world_size() if dist.is_initialized() else 1)
@@ -200,7 +204,8 @@ def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
 def without_modules(network: nn.Sequential) -> Callable[[Tensor], Tensor]:
     """A network of `mlp` as a function of (B, inputs), without gradients and without the cost of calling modules.
 
-    For the few rows of one step that cost is more than the arithmetic's. It sees the weights change.
+    For the few rows of one step that cost is more than the arithmetic's. It follows weights that change in place, and
+    repeats what `mlp` does: of another network it would leave out, in silence, all but the linear layers.
     """
     *hidden, last = [(x.weight.detach().T, x.bias.detach()) for x in network if isinstance(x, nn.Linear)]
 
@@ -283,7 +288,10 @@ def categorical_log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[T
 
 
 def gaussian_log_prob_and_entropy(mean: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(a) and entropy in nats, both (…,), of N(mean, diag(σ²)), σ = exp(log_std); mean, actions (…, A)."""
+    """log p(a) and entropy in nats, both (…,), of N(mean, diag(σ²)), σ = exp(log_std); mean, actions (…, A).
+
+    log_std is (A,), the same in all states: another shape would be summed over the states, too.
+    """
     log_normaliser = (log_std + 0.5 * np.log(2 * np.pi)).sum()
     log_prob = -0.5 * ((actions - mean) * (-log_std).exp()).square().sum(-1) - log_normaliser
     return log_prob, (log_normaliser + 0.5 * len(log_std)).expand_as(log_prob)
@@ -302,7 +310,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma: float, gae_l
     """Advantages Â_t = Σ_k (γλ)^k δ_{t+k}, up to the end of the episode or rollout (arXiv 1506.02438, eq. 16).
 
     All inputs (T, N). `next_values` is V of the observation that step t truly led to: it counts at a truncation
-    and at the rollout's end, and at a termination it does not.
+    and at the rollout's end, and at a termination it does not. Where an episode ended values[t + 1] is another one's.
     """
     deltas = rewards + gamma * next_values * ~terminated - values
     decay = gamma * gae_lambda * (~(terminated | truncated)).to(deltas.dtype)
@@ -312,7 +320,8 @@ def gae(rewards, values, next_values, terminated, truncated, gamma: float, gae_l
 def discounted_returns(rewards: Tensor, done: Tensor, previous: Tensor, gamma: float) -> Tensor:
     """R_t = r_t + γ R_{t−1}, from 0 in each episode; rewards and done (T, N), `previous` (N,) is R_{−1}.
 
-    Its deviation is the scale by which rewards are normalised.
+    Of past rewards, not a critic's target: its deviation is the scale by which rewards are normalised. `previous` is 0
+    for an episode that begins with this rollout.
     """
     first = torch.cat([torch.zeros_like(done[:1]), done[:-1]])
     return linear_recurrence(rewards, gamma * (~first).to(rewards.dtype), previous)
@@ -352,6 +361,7 @@ class PPOBatch(NamedTuple):
 
 
 METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
+"""in the order that ppo_loss returns them in; logged are their means over an iteration's minibatches"""
 
 
 def ppo_loss(agent: ActorCritic, batch: PPOBatch, clip: Tensor | float, args: Args) -> tuple[Tensor, Tensor]:
@@ -375,7 +385,8 @@ def parameter_vector(module: nn.Module) -> nn.Parameter:
     """All parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Call it once, after `module.to`
-    and before anything else keeps the weights; then step with `vector_step`, as each parameter's .grad goes unread.
+    and before anything else keeps the weights; then step with `vector_step`: the optimiser never sees what
+    `loss.backward()` leaves in a parameter's .grad, and a parameter that is replaced later is trained no more.
     """
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -416,7 +427,7 @@ def ppo_update(agent, optimizer, batch, clip, args: Args, gradient_of=ppo_gradie
 
 
 def shuffled_minibatches(batch: Sequence[Tensor], epochs: int, num_minibatches: int) -> Iterator[tuple[Tensor, ...]]:
-    """For every epoch a new order of the batch's samples, in equal parts; each tensor (B, …)."""
+    """For every epoch a new order of the batch's samples, in equal parts if they divide it; each tensor (B, …)."""
     for _ in range(epochs):
         order = torch.randperm(len(batch[0]), device=batch[0].device)
         yield from zip(*(x[order].chunk(num_minibatches) for x in batch))
@@ -436,10 +447,11 @@ def train(args: Args) -> dict:
     clip = torch.tensor(args.clip_coef, device=device)  # a number would be a constant of the compiled gradient
     optimizer = torch.optim.Adam([parameter_vector(agent)], args.learning_rate, eps=1e-5, fused=True)
     gradient_of = compiled(ppo_gradient, device) if args.compile else ppo_gradient
+    # What learns is made before Run, which loads a checkpoint and gives each process random numbers of its own.
     run = Run(args, rank, {"agent": agent, "optimizer": optimizer})
     envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
 
-    actor = without_modules(agent.actor)
+    actor = without_modules(agent.actor)  # a network that is not `mlp`'s has to act itself
 
     def tensor(x, dtype=torch.float32):
         return torch.as_tensor(np.asarray(x), dtype=dtype, device=device)
@@ -480,7 +492,7 @@ def train(args: Args) -> dict:
         advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
         returns = advantages + values
 
-        # Update: several epochs of shuffled minibatches.
+        # Update: several epochs of shuffled minibatches; row t·N + n is step t of environment n.
         batch = [x.flatten(0, 1) for x in (states, actions, log_probs, values, advantages, returns)]
         metrics = []
         for minibatch in shuffled_minibatches(batch, args.update_epochs, args.num_minibatches):
@@ -628,8 +640,8 @@ def step_envs(envs: gym.vector.VectorEnv, actions: Tensor) -> tuple:
 class Run:
     """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
 
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and the random state.
-    Under torchrun only rank 0 writes.
+    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
+    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
     """
 
     def __init__(self, args: Args, rank: int, modules: dict):
@@ -764,7 +776,10 @@ class Run:
 
 @torch.no_grad()
 def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
-    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment."""
+    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment.
+
+    A policy with a memory would have to carry it on here, and in export_policy.
+    """
     envs = make_envs(args, args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed + 1_000_000)
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)

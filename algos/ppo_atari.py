@@ -206,7 +206,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma: float, gae_l
     """Advantages Â_t = Σ_k (γλ)^k δ_{t+k}, up to the end of the episode or rollout (arXiv 1506.02438, eq. 16).
 
     All inputs (T, N). `next_values` is V of the observation that step t truly led to: it counts at a truncation
-    and at the rollout's end, and at a termination it does not.
+    and at the rollout's end, and at a termination it does not. Where an episode ended values[t + 1] is another one's.
     """
     deltas = rewards + gamma * next_values * ~terminated - values
     decay = gamma * gae_lambda * (~(terminated | truncated)).to(deltas.dtype)
@@ -284,7 +284,7 @@ def pixel_ppo_update(agent, optimizer, batch: PixelBatch, clip: Tensor | float, 
 
 
 def shuffled_minibatches(batch: Sequence[Tensor], epochs: int, num_minibatches: int) -> Iterator[tuple[Tensor, ...]]:
-    """For every epoch a new order of the batch's samples, in equal parts; each tensor (B, …)."""
+    """For every epoch a new order of the batch's samples, in equal parts if they divide it; each tensor (B, …)."""
     for _ in range(epochs):
         order = torch.randperm(len(batch[0]), device=batch[0].device)
         yield from zip(*(x[order].chunk(num_minibatches) for x in batch))
@@ -528,8 +528,8 @@ class Film:
 class Run:
     """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
 
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and the random state.
-    Under torchrun only rank 0 writes.
+    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
+    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
     """
 
     def __init__(self, args: Args, rank: int, modules: dict):

@@ -65,7 +65,7 @@ class Args:
     seed: int = 1
     """seed of everything random; same seed, same machine and thread count: same bits on CPU"""
     total_timesteps: int = 100_000
-    """environment steps, over all environments and processes"""
+    """environment steps, over all environments and processes, rounded up to whole rollouts"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where the networks live; auto takes CUDA when there is one"""
     torch_threads: int = 1
@@ -144,7 +144,10 @@ RECOMMENDED = {
 
 
 class RunningStatistics(nn.Module):
-    """Mean and variance of all samples so far, as buffers: saved, exported and frozen with the network."""
+    """Mean and variance of all samples so far, as buffers: saved, exported and frozen with the network.
+
+    `std`, which normalises, is what `update` makes of `var`.
+    """
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -155,7 +158,7 @@ class RunningStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, batch: Tensor) -> None:
-        """Merges a batch (B, *shape) of this and every other process (parallel variance, Chan et al. 1979)."""
+        """Merges a batch (B, *shape), B the same in all processes (parallel variance, Chan et al. 1979)."""
         mean = average(batch.mean(0))
         var = average((batch - mean).square().mean(0))
         count = len(batch) * (dist.get_world_size() if dist.is_initialized() else 1)
@@ -189,7 +192,8 @@ def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
 def without_modules(network: nn.Sequential) -> Callable[[Tensor], Tensor]:
     """A network of `mlp` as a function of (B, inputs), without gradients and without the cost of calling modules.
 
-    For the few rows of one step that cost is more than the arithmetic's. It sees the weights change.
+    For the few rows of one step that cost is more than the arithmetic's. It follows weights that change in place, and
+    repeats what `mlp` does: of another network it would leave out, in silence, all but the linear layers.
     """
     *hidden, last = [(x.weight.detach().T, x.bias.detach()) for x in network if isinstance(x, nn.Linear)]
 
@@ -272,7 +276,10 @@ def categorical_log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[T
 
 
 def gaussian_log_prob_and_entropy(mean: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(a) and entropy in nats, both (…,), of N(mean, diag(σ²)), σ = exp(log_std); mean, actions (…, A)."""
+    """log p(a) and entropy in nats, both (…,), of N(mean, diag(σ²)), σ = exp(log_std); mean, actions (…, A).
+
+    log_std is (A,), the same in all states: another shape would be summed over the states, too.
+    """
     log_normaliser = (log_std + 0.5 * np.log(2 * np.pi)).sum()
     log_prob = -0.5 * ((actions - mean) * (-log_std).exp()).square().sum(-1) - log_normaliser
     return log_prob, (log_normaliser + 0.5 * len(log_std)).expand_as(log_prob)
@@ -291,7 +298,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma: float, gae_l
     """Advantages Â_t = Σ_k (γλ)^k δ_{t+k}, up to the end of the episode or rollout (arXiv 1506.02438, eq. 16).
 
     All inputs (T, N). `next_values` is V of the observation that step t truly led to: it counts at a truncation
-    and at the rollout's end, and at a termination it does not.
+    and at the rollout's end, and at a termination it does not. Where an episode ended values[t + 1] is another one's.
     """
     deltas = rewards + gamma * next_values * ~terminated - values
     decay = gamma * gae_lambda * (~(terminated | truncated)).to(deltas.dtype)
@@ -301,7 +308,8 @@ def gae(rewards, values, next_values, terminated, truncated, gamma: float, gae_l
 def discounted_returns(rewards: Tensor, done: Tensor, previous: Tensor, gamma: float) -> Tensor:
     """R_t = r_t + γ R_{t−1}, from 0 in each episode; rewards and done (T, N), `previous` (N,) is R_{−1}.
 
-    Its deviation is the scale by which rewards are normalised.
+    Of past rewards, not a critic's target: its deviation is the scale by which rewards are normalised. `previous` is 0
+    for an episode that begins with this rollout.
     """
     first = torch.cat([torch.zeros_like(done[:1]), done[:-1]])
     return linear_recurrence(rewards, gamma * (~first).to(rewards.dtype), previous)
@@ -426,7 +434,8 @@ def parameter_vector(module: nn.Module) -> nn.Parameter:
     """All parameters of `module` as one vector (P,), of which they become views.
 
     Optimiser and gradient then take a few operations instead of a few per parameter. Call it once, after `module.to`
-    and before anything else keeps the weights; then step with `vector_step`, as each parameter's .grad goes unread.
+    and before anything else keeps the weights; then step with `vector_step`: the optimiser never sees what
+    `loss.backward()` leaves in a parameter's .grad, and a parameter that is replaced later is trained no more.
     """
     parameters = list(module.parameters())
     vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
@@ -454,7 +463,7 @@ def critic_update(agent: ActorCritic, optimizer, states, returns, gradient_of=cr
 
 
 def shuffled_minibatches(batch: Sequence[Tensor], epochs: int, num_minibatches: int) -> Iterator[tuple[Tensor, ...]]:
-    """For every epoch a new order of the batch's samples, in equal parts; each tensor (B, …)."""
+    """For every epoch a new order of the batch's samples, in equal parts if they divide it; each tensor (B, …)."""
     for _ in range(epochs):
         order = torch.randperm(len(batch[0]), device=batch[0].device)
         yield from zip(*(x[order].chunk(num_minibatches) for x in batch))
@@ -481,7 +490,7 @@ def train(args: Args) -> dict:
     run = Run(args, rank, {"agent": agent, "optimizer": optimizer})
     envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
 
-    actor = without_modules(agent.actor)
+    actor = without_modules(agent.actor)  # a network that is not `mlp`'s has to act itself
 
     def tensor(x, dtype=torch.float32):
         return torch.as_tensor(np.asarray(x), dtype=dtype, device=device)
@@ -664,8 +673,8 @@ def step_envs(envs: gym.vector.VectorEnv, actions: Tensor) -> tuple:
 class Run:
     """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
 
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and the random state.
-    Under torchrun only rank 0 writes.
+    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
+    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
     """
 
     def __init__(self, args: Args, rank: int, modules: dict):
@@ -800,7 +809,10 @@ class Run:
 
 @torch.no_grad()
 def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
-    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment."""
+    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment.
+
+    A policy with a memory would have to carry it on here, and in export_policy.
+    """
     envs = make_envs(args, args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed + 1_000_000)
     returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
