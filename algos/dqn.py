@@ -1,7 +1,7 @@
 """DQN: deep Q-learning (Mnih et al. 2015), by default Double DQN (van Hasselt et al. 2016, arXiv 1509.06461).
 
 Acts ε-greedily on Q_θ, keeps every transition in a replay buffer, and after every few steps takes gradient steps on
-minibatches from it, towards targets from a copy Q_θ⁻ of the network, which becomes like it now and then,
+minibatches from it, towards targets from a copy Q_θ⁻ of the network that is renewed at intervals,
 
     y_t  = r_t + γ r_{t+1} + … + γᵐ⁻¹ r_{t+m−1} + γᵐ Q_θ⁻(s_{t+m}, a*)      no last term if s_{t+m} is terminal
     a*   = argmax_a Q_θ(s_{t+m}, a)                          Double DQN; plain DQN lets Q_θ⁻ choose as well
@@ -119,11 +119,11 @@ class Args:
     tau: float = 1.0
     """share of the trained network in an update of the target network; 1 copies it"""
     exploration: Literal["epsilon", "boltzmann"] = "epsilon"
-    """ε-greedy, or actions in proportion to exp(Q / temperature)"""
+    """ε-greedy, or actions with a probability in proportion to exp(Q / temperature)"""
     exploration_start: float = 1.0
     """ε or temperature at the start"""
     exploration_end: float = 0.1
-    """ε or temperature from --exploration-fraction of the run on"""
+    """ε or temperature once --exploration-fraction of the run has passed"""
     exploration_fraction: float = 0.12
     """part of --total-timesteps over which it falls, linearly"""
     hidden_sizes: tuple[int, ...] = (256, 256)

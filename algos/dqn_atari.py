@@ -130,7 +130,7 @@ class Args:
     exploration_start: float = 1.0
     """ε at the start"""
     exploration_end: float = 0.01
-    """ε from --exploration-fraction of the run on"""
+    """ε once --exploration-fraction of the run has passed"""
     exploration_fraction: float = 0.1
     """part of --total-timesteps over which it falls, linearly"""
 

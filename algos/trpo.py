@@ -396,8 +396,8 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
 def line_search(parameters, step: Tensor, surrogate: Surrogate, args: Args) -> tuple[float, Tensor, Tensor]:
     """Adds βᵏ · step (P,) with the first k = 0 … K − 1 that gains and stays in the trust region.
 
-    Returns (βᵏ, L, D) there; (0, L, 0) of the start, with every parameter as it was, where there is no such k, as
-    for a step that is not a number.
+    Returns (βᵏ, L, D) there. Where there is no such k, or the step is not a number, every parameter stays as it was,
+    and (0, L, 0) is returned, with the L of the start.
     """
     start = [parameter.clone() for parameter in parameters]
     steps = [part.view_as(x) for part, x in zip(step.split([x.numel() for x in parameters]), parameters)]
