@@ -157,7 +157,7 @@ class Args:
     autotune: bool = True
     """learn α so that the policy's entropy is --target-entropy"""
     target_entropy: float | None = None
-    """entropy H̄ in nats of actions in [−1, 1]; None: minus their number of dimensions"""
+    """entropy H̄ in nats of actions in [−1, 1]^A, at most A log 2, for --autotune; None: −A"""
     hidden_sizes: tuple[int, ...] = (256, 256)
     """ReLU layers of the policy and of each critic"""
 
@@ -655,7 +655,7 @@ def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Ten
 def soft_q_target(rewards, terminated, next_q: Tensor, next_log_probs, alpha: Tensor, gamma: float) -> Tensor:
     """y = r + γ (min_i Q_i(s', a') − α log π(a'|s')), and r where s' is terminal; (B,), next_q (M, B).
 
-    arXiv 1812.05905, equations 2, 3 and 5, with the minimum of section 6.
+    arXiv 1812.05905, equations 2, 3 and 5, with the minimum over two critics of the paper's practical algorithm.
     """
     return rewards + gamma * (next_q.min(0).values - alpha * next_log_probs) * ~terminated
 
@@ -683,7 +683,7 @@ def sac_actor_loss(agent, states: Tensor, noise: Tensor, alpha: Tensor, use_mean
 
 
 def temperature_loss(log_alpha: Tensor, log_probs: Tensor, target_entropy: float) -> Tensor:
-    """L(α): descending it lowers α where the entropy is above its target (arXiv 1812.05905, eq. 18; log α for α)."""
+    """L(α): descending it lowers α where the entropy is above its target (arXiv 1812.05905, section 5; log α for α)."""
     return -log_alpha * (log_probs.detach().mean() + target_entropy)
 
 

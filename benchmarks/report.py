@@ -207,7 +207,8 @@ other flags.{machines}
 - **environment alone**, **products**, **above the floor**: what the faster setting's time goes into. The environments'
   part is what they take alone with random actions, the products' what training's matrix products take at the rate that
   the machine reaches for 256 × 256; what is above is element-wise arithmetic, smaller products' lower rate, memory, and
-  what PyTorch and Python take to call it all; and in off-policy training the environments are slower than alone.
+  what PyTorch and Python take to call it all; and where updates come between
+  their steps the environments are slower than alone.
 - **of the floor**: the first two over the whole; 100% would be these two, one after the other, and nothing else.
 """
 
@@ -221,8 +222,8 @@ step, and the part of them that is spent in each place{changed}.
 
 - **environment**: the part that is spent in the environments' steps. The last two columns are the time of one step, in
   training and alone, with random actions and nothing between two steps. Where a rollout is collected at once it is
-  about the same, and several times longer where an update comes between two steps (DQN, DDPG, TD3, SAC). Why is not
-  measured here; cold caches, and with two threads PyTorch's second one on the other core, would do it.
+  about the same, on Pong longer, and a multiple where an update comes between two steps (DQN, DDPG, TD3, SAC). Why is
+  not measured here; cold caches, and with two threads PyTorch's second one on the other core, would do it.
 - **gradient**: targets, loss, backward pass and the bound on its norm. TRPO's includes the search for the step
   (compiled is only its critic's), that of PPO on pixels the optimiser.
 - **the rest**: acting, advantages, minibatches of a rollout, logging, and Python between them.
