@@ -49,7 +49,7 @@ from run import KEY, RESULTS, Cell, cells_of, present_code, read_runs, sb3_versi
 from sb3 import MODELS
 from steps_to_solve import ENV_ID, EPISODES, EVERY, SIDES, SOLVED
 from suites import EXPERTS, SUITES
-from throughput import MODEL_BASED_SETTINGS, PEERS, WORKS, code_of, summary
+from throughput import MEDIUM, MODEL_BASED_SETTINGS, PEERS, WORKS, code_of, summary
 
 LABELS = {"ours": "ours", "sb3": "Stable-Baselines3"}
 IMITATORS = {
@@ -206,10 +206,20 @@ other flags.{machines}
   otherwise: a quarter less arithmetic than here and in SB3. {slower}A ratio does not carry over to the last tenth.
 - **environment alone**, **products**, **above the floor**: what the faster setting's time goes into. The environments'
   part is what they take alone with random actions, the products' what training's matrix products take at the rate that
-  the machine reaches for 256 × 256; what is above is element-wise arithmetic, smaller products' lower rate, memory, and
-  what PyTorch and Python take to call it all; and where updates come between
+  the machine reaches for 256 × 256{rate}; what is above is element-wise arithmetic, smaller products' lower rate,
+  memory, and what PyTorch and Python take to call it all; and where updates come between
   their steps the environments are slower than alone.
 - **of the floor**: the first two over the whole; 100% would be these two, one after the other, and nothing else.
+"""
+
+MEDIUM_THROUGHPUT = """
+With `--matmul-precision medium`, against SB3 without it and, in the last two columns, against SB3 after the same call,
+`torch.set_float32_matmul_precision("medium")`, which no flag of SB3's makes. It lets PyTorch round the factors of
+float32 products to bfloat16 where the CPU multiplies those faster (Intel's AMX), and has it take oneDNN's products
+instead of MKL's: where oneDNN's kernel is `brg_matmul:avx512_core` (`ONEDNN_VERBOSE=1` shows it), as on AMD, nothing is
+rounded, and MKL would not have used AVX-512.
+
+{table}
 """
 
 BREAKDOWN = """
@@ -502,6 +512,12 @@ def ratio(row: pd.Series) -> str:
     return f"{number(row['median'], 2)} [{number(row['min'], 2)}, {number(row['max'], 2)}]"
 
 
+def over_best_peer(work: str, over_sb3: float) -> str:
+    """Its ratio to SB3 as one to the fastest of the peers, with that one's name."""
+    name, peer, sb3 = PEERS.get(work, ("", np.nan, 1))
+    return f"{over_sb3 * sb3 / peer:.2f} ({name})" if name else "—"
+
+
 def throughput_table(measurements: pd.DataFrame) -> str:
     """A row for every work: the ratios to SB3 and what bounds them, with † for what older code has measured."""
     rows, table = [], summary(measurements)
@@ -509,7 +525,6 @@ def throughput_table(measurements: pd.DataFrame) -> str:
         settings = table.loc[work]
         ours = {name: settings.loc[name] for name in OUR_SETTINGS if name in settings.index}
         best = max(ours.values(), key=lambda row: row["median"])
-        name, peer, sb3 = PEERS.get(work, ("", np.nan, 1))
         parts = {"of floor": "of the floor", "environment": "environment alone", "products": "products"}
         rows.append(
             {
@@ -520,12 +535,34 @@ def throughput_table(measurements: pd.DataFrame) -> str:
                     f"{x} over SB3": ratio(row) + speed_dagger(measurements, work, (x, "sb3"))
                     for x, row in ours.items()
                 },
-                "over the best peer": f"{best['median'] * sb3 / peer:.2f} ({name})" if name else "—",
+                "over the best peer": over_best_peer(work, best["median"]),
                 **{title: f"{best[part]:.0%}" if best[part] > 0 else "—" for part, title in parts.items()},
                 "above the floor": f"{1 - best['of floor']:.0%}" if best["of floor"] > 0 else "—",
             }
         )
     return markdown(rows)
+
+
+def medium_table(measurements: pd.DataFrame) -> str:
+    """A row for every work that was measured with --matmul-precision medium, "" where there is none."""
+    rows, table = [], summary(measurements)
+    medium = measurements[measurements["setting"].isin(MEDIUM)]
+    both = summary(medium.assign(setting=medium["setting"].str.removesuffix(" medium")))
+    for work in both.index.unique("work"):
+        ours, sb3 = table.loc[work].loc[list(MEDIUM[:-1])], table.loc[(work, MEDIUM[-1])]
+        best = ours.loc[ours["median"].idxmax()]
+        rows.append(
+            {
+                "work": work + speed_dagger(measurements, work, (*MEDIUM, "sb3")),
+                "rounds": int(best["rounds"]),
+                **{f"{x} over SB3": ratio(ours.loc[f"{x} medium"]) for x in OUR_SETTINGS},
+                "over the best peer": over_best_peer(work, best["median"]),
+                "of the floor": f"{best['of floor']:.0%}",
+                "SB3 with it over SB3": ratio(sb3),
+                **{f"{x} over SB3 with it": ratio(both.loc[(work, x)]) for x in OUR_SETTINGS},
+            }
+        )
+    return markdown(rows) if rows else ""
 
 
 def model_based_table(measurements: pd.DataFrame) -> str:
@@ -562,11 +599,14 @@ def machines(measurements: pd.DataFrame) -> str:
 def throughput_section(measurements: pd.DataFrame) -> str:
     """The tables of what has been measured."""
     model_based = measurements["work"].map(lambda x: x in WORKS and WORKS[x].settings == MODEL_BASED_SETTINGS)
+    medium = medium_table(measurements)
     section = THROUGHPUT.format(
         table=throughput_table(measurements[~model_based]),
         slower=peers_machine(measurements),
         machines=machines(measurements),
+        rate=", for DDPG, TD3 and SAC with `--matmul-precision medium`" if medium else "",
     )
+    section += MEDIUM_THROUGHPUT.format(table=medium) if medium else ""
     for work, rows in measurements[model_based].groupby("work"):
         speed = rows.pivot(index="round", columns="setting", values="steps_per_second")
         section += MODEL_BASED_THROUGHPUT.format(

@@ -390,4 +390,6 @@ if __name__ == "__main__":
         sys.exit(f"usage: python benchmarks/sb3.py {{{','.join(MODELS)}}} [the flags of algos/ALGO.py]")
     algo = sys.argv[1]
     make_env = maker_of(algo)  # train()'s
-    train(algo, parse_args(algo, sys.argv[2:]))
+    args = parse_args(algo, sys.argv[2:])
+    torch.set_float32_matmul_precision(getattr(args, "matmul_precision", "highest"))
+    train(algo, args)

@@ -8,7 +8,9 @@ taken over SB3 of the same round. Each measurement is a process of its own, on t
 many as the work's flags ask for: it trains for the work's steps and takes the time between two boundaries of training
 iterations, the first of them after warm-up and compilation. Beside these, what any implementation has to do: the
 steps per second of the environments alone, with random actions, and of training's matrix products alone at the rate
-that this machine reaches for 256 × 256; one after the other they are the floor. MBPO, which SB3 does not have, is held
+that this machine reaches for 256 × 256; one after the other they are the floor. DDPG, TD3 and SAC, with their large
+products, are measured with --matmul-precision medium too, and SB3 with the same switch of PyTorch's; the floor is then
+at the rate that this gives. MBPO, which SB3 does not have, is held
 against sac.py with the same flags: as it is, and without the time that its model takes, which leaves the updates.
 Writes benchmarks/results/throughput.csv and prints the ratios.
 """
@@ -41,6 +43,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 SETTINGS = ("eager", "compile", "sb3", "environment", "products")
+MEDIUM = tuple(f"{setting} medium" for setting in ("eager", "compile", "sb3"))
+"""With --matmul-precision medium."""
 COLUMNS = ("work", "setting", "round", "steps_per_second", "date", "code_sha256", "flags", "machine")
 MODEL_BASED_SETTINGS = ("eager", "updates", "sac")
 
@@ -99,6 +103,7 @@ WORKS = {
             " --torch-threads 2",
             warmup_steps=2_000,
             steps=3_000,
+            settings=SETTINGS + MEDIUM,
         )
         for algo in ("ddpg", "td3", "sac")
     },
@@ -196,6 +201,7 @@ def boundaries_sb3(algo: str, args) -> list[tuple[int, float]]:
             return True
 
     torch.set_num_threads(args.torch_threads)
+    torch.set_float32_matmul_precision(getattr(args, "matmul_precision", "highest"))
     env = maker_of(algo)(args, args.num_envs, Path(args.output_dir) / "monitor.csv")
     MODELS[algo](args, env).learn(args.total_timesteps, callback=Clock())
     return boundaries
@@ -254,9 +260,10 @@ def matrix_flops_per_second(threads: int) -> float:
 
 def arguments(work: Work, setting: str, folder: str):
     """The script's Args, with run directories in `folder`."""
+    switches = ["--compile"] if setting.startswith("compile") else []
+    switches += ["--matmul-precision", "medium"] if setting in MEDIUM else []
     argv = f"{work.flags} --total-timesteps {work.warmup_steps + work.steps} --eval-episodes 1 --device cpu".split()
-    argv += ["--output-dir", folder] + (["--compile"] if setting == "compile" else [])
-    return parse_args(code_of(work, setting)[1], argv)
+    return parse_args(code_of(work, setting)[1], [*argv, "--output-dir", folder, *switches])
 
 
 def measure(work: Work, setting: str) -> float:
@@ -266,19 +273,20 @@ def measure(work: Work, setting: str) -> float:
         if setting == "environment":
             return environment_steps_per_second(algo, args)
         if setting == "products":
+            torch.set_float32_matmul_precision("medium" if set(MEDIUM) & set(work.settings) else "highest")
             return matrix_flops_per_second(args.torch_threads) / flops_per_step(algo, args)
         if work.settings == MODEL_BASED_SETTINGS:
             script = importlib.import_module(algo)
             context = clock_without_model(script) if setting == "updates" else contextlib.nullcontext(perf_counter)
             with context as clock, patch.object(script, "LOG_EVERY", work.steps):
                 return per_second(boundaries_ours(algo, args, clock), work.warmup_steps)
-        boundaries = (boundaries_sb3 if setting == "sb3" else boundaries_ours)(algo, args)
+        boundaries = (boundaries_sb3 if code_of(work, setting)[0] == "sb3" else boundaries_ours)(algo, args)
     return per_second(boundaries, work.warmup_steps)
 
 
 def code_of(work: Work, setting: str) -> tuple[str, str]:
     """Implementation and algorithm that are measured."""
-    return "sb3" if setting == "sb3" else "ours", "sac" if setting == "sac" else work.algo
+    return "sb3" if setting.startswith("sb3") else "ours", "sac" if setting == "sac" else work.algo
 
 
 def measure_in_process(name: str, setting: str) -> float:
@@ -309,7 +317,7 @@ def summary(measurements: pd.DataFrame) -> pd.DataFrame:
     """Per work and setting: median steps/s, its ratio to SB3 (or sac.py), and the parts that environment, products and
     both of them, the floor, have in its time, all within a round."""
     speeds = measurements.pivot_table(index=["work", "round"], columns="setting", values="steps_per_second", sort=False)
-    speeds = speeds.reindex(columns=dict.fromkeys(SETTINGS + MODEL_BASED_SETTINGS))  # some were not measured
+    speeds = speeds.reindex(columns=dict.fromkeys(SETTINGS + MEDIUM + MODEL_BASED_SETTINGS))  # some were not measured
     floor = 1 / (1 / speeds["environment"] + 1 / speeds["products"])
     ratios = {"over": speeds["sb3"].fillna(speeds["sac"]), "of floor": floor}
     ratios |= {name: speeds[name] for name in ("environment", "products")}

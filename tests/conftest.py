@@ -3,6 +3,7 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 
@@ -125,3 +126,10 @@ def pytest_collection_modifyitems(items):
 def _in_tmp_dir(tmp_path, monkeypatch):
     """Every test runs in a folder of its own, so that runs/ never lands in the repository."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def highest_precision_afterwards():
+    """Of float32 products: PyTorch's setting is of the whole process."""
+    yield
+    torch.set_float32_matmul_precision("highest")

@@ -106,13 +106,27 @@ UNUSUAL = {
         exploration_end=0.21,
         exploration_fraction=0.43,
     ),
-    "ddpg": OFF_POLICY | dict(noise="ou", exploration_noise=0.31),
+    "ddpg": OFF_POLICY | dict(noise="ou", exploration_noise=0.31, matmul_precision="high"),
     "td3": OFF_POLICY
     | dict(
-        noise="ou", exploration_noise=0.31, num_critics=3, policy_delay=5, target_noise=0.13, target_noise_clip=0.41
+        noise="ou",
+        exploration_noise=0.31,
+        num_critics=3,
+        policy_delay=5,
+        target_noise=0.13,
+        target_noise_clip=0.41,
+        matmul_precision="high",
     ),
     "sac": OFF_POLICY
-    | dict(num_critics=3, critic_subset=3, policy_delay=1, alpha=0.37, autotune=False, target_entropy=-0.6),
+    | dict(
+        num_critics=3,
+        critic_subset=3,
+        policy_delay=1,
+        alpha=0.37,
+        autotune=False,
+        target_entropy=-0.6,
+        matmul_precision="high",
+    ),
 }
 PIXELS = dict(env_id="ALE/Breakout-v5", protocol="nature", full_action_space=True, clip_rewards=False)
 VECTORS_ALONE = ("env_id", "hidden_sizes", "log_std_init", "normalize_observations", "normalize_rewards", "exploration")
@@ -271,6 +285,16 @@ def test_what_only_the_scripts_can_do_is_refused(monkeypatch, capsys):
     assert sb3.parse_args("sac", []).normalize_observations is False
 
 
+@pytest.mark.usefixtures("highest_precision_afterwards")
+@pytest.mark.parametrize("algo", ["ddpg", "td3", "sac"])
+def test_sb3s_products_have_the_precision_asked_for(monkeypatch, algo):
+    flags = "--total-timesteps 60 --learning-starts 50 --hidden-sizes 8 --eval-episodes 1 --matmul-precision {}"
+    for precision in ("high", "highest"):
+        monkeypatch.setattr("sys.argv", ["sb3.py", algo, *flags.format(precision).split()])
+        runpy.run_path(str(ROOT / "benchmarks" / "sb3.py"), run_name="__main__")
+        assert torch.get_float32_matmul_precision() == precision
+
+
 def test_sb3s_side_of_an_off_policy_run():
     flags = "--total-timesteps 300 --learning-starts 50 --hidden-sizes 8 --eval-episodes 2 --train-frequency 4"
     result = sb3.train("dqn", sb3.parse_args("dqn", flags.split()))
@@ -388,6 +412,11 @@ def test_evidence_is_of_the_flags_that_a_cell_is_run_with():
     ran = run.code_sha256("sb3", run.source_sha256("sb3", "sac"), asdict(args), run.stable_baselines3.__version__)
     assert run.present_code(cells[0]) == ran
     assert run.present_code(replace(cells[0], total_timesteps=14_000)) != ran
+    hashes = []
+    for precision in ({"matmul_precision": "highest"}, {}, {"matmul_precision": "medium"}):
+        changed = {name: x for name, x in asdict(args).items() if name != "matmul_precision"} | precision
+        hashes.append(run.code_sha256("sb3", "source", changed, "2.9"))
+    assert hashes[0] == hashes[1] != hashes[2], "runs from before there was the flag are as those with its default"
 
 
 def test_sb3s_hash_is_of_all_that_a_model_uses(copy):

@@ -302,6 +302,25 @@ CHECKPOINT = {
 }
 
 
+@pytest.mark.usefixtures("highest_precision_afterwards")
+@each_continuous
+def test_products_have_the_precision_asked_for_and_the_same_bits_with_the_same_seed(algo, monkeypatch):
+    update, seen = algo.polyak_update, []
+    monkeypatch.setattr(
+        algo, "polyak_update", lambda *args: seen.append(torch.get_float32_matmul_precision()) or update(*args)
+    )
+    flags = f"--env-id {environment(algo, 'Bandit')} --total-timesteps 60 --learning-starts 50 --eval-episodes 1"
+    agents = []
+    for precision in ("medium", "high", "medium", "highest"):
+        run_dir = train(algo, f"{flags} --hidden-sizes 32 --matmul-precision {precision}")["run_dir"]
+        agents.append(torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"])
+        assert set(seen) == {precision}
+        seen.clear()
+    for name, first in agents[0].items():
+        assert torch.equal(first, agents[2][name])
+        torch.testing.assert_close(first, agents[3][name], rtol=0.1, atol=0.05)  # bfloat16 has 8 bits
+
+
 @each_algo
 def test_the_checkpoint_holds_all_that_training_needs(algo):
     flags = "" if algo in (dqn, ddpg) else "--num-critics 3"

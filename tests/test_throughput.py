@@ -9,6 +9,13 @@ import pandas as pd
 import pytest
 import report
 import throughput
+import torch
+
+
+def measured(work, speeds):
+    """Rows of throughput.csv, of one round with older code."""
+    rows = pd.DataFrame(speeds.items(), columns=["setting", "steps_per_second"])
+    return rows.assign(work=work, round=1, code_sha256="", flags="")
 
 
 def test_ratios_are_taken_within_a_round():
@@ -40,6 +47,52 @@ def test_the_page_says_what_bounds_the_faster_setting(monkeypatch):
     assert both in report.throughput_table(fresh)
     bare = report.throughput_table(rows[rows["setting"].isin(["eager", "sb3"])].assign(work="other"))
     assert "| other | 1 | 10 | 2.00 [2.00, 2.00] † | — | — | — | — | — |" in bare
+
+
+def test_medium_precision_is_held_against_both_of_sb3s(monkeypatch):
+    """Eager goes from 2 to 3 times SB3, compiled to 4; SB3 itself doubles. 1/40 s is environment by a fifth."""
+    work = "td3 HalfCheetah"
+    monkeypatch.setitem(report.PEERS, work, ("Peer", 30, 20))
+    speeds = {"eager": 20.0, "compile": 25.0, "sb3": 10.0, "environment": 200.0, "products": 400.0}
+    assert report.medium_table(rows := measured(work, speeds)) == ""
+    assert "with it" not in report.throughput_section(rows) and "precision medium" not in report.throughput_section(
+        rows
+    )
+    rows = measured(work, speeds | {"eager medium": 30.0, "compile medium": 40.0, "sb3 medium": 20.0})
+    values = ["3.00 [3.00, 3.00]", "4.00 [4.00, 4.00]", "2.67 (Peer)", "30%", "2.00 [2.00, 2.00]"]
+    values += ["1.50 [1.50, 1.50]", "2.00 [2.00, 2.00]"]
+    table = report.medium_table(rows)
+    assert table.endswith(f"| {work} † | 1 | {' | '.join(values)} |")
+    assert table in report.throughput_section(rows) and "SAC with `--matmul" in report.throughput_section(rows)
+    codes = {x: report.source_sha256(*throughput.code_of(throughput.WORKS[work], x)) for x in rows["setting"]}
+    assert codes["sb3 medium"] == codes["sb3"] != codes["eager"] == codes["eager medium"]
+    rows = rows.assign(code_sha256=rows["setting"].map(codes), flags=throughput.WORKS[work].flags)
+    assert "†" not in report.medium_table(rows)
+    rows.loc[rows["setting"] == "sb3 medium", "code_sha256"] = "older"
+    assert "†" in report.medium_table(rows) and "†" not in report.throughput_table(rows)
+
+
+@pytest.mark.usefixtures("highest_precision_afterwards")
+def test_each_setting_is_measured_at_its_precision(monkeypatch):
+    seen = []
+
+    def precision_now(*_):
+        seen.append(torch.get_float32_matmul_precision())
+        return 1.0
+
+    for name in ("per_second", "matrix_flops_per_second"):
+        monkeypatch.setattr(throughput, name, precision_now)
+    monkeypatch.setattr(throughput, "flops_per_step", lambda *_: 1.0)
+    flags = "--env-id Pendulum-v1 --learning-starts 50 --hidden-sizes 8"
+    settings = throughput.WORKS["td3 HalfCheetah"].settings
+    assert settings == (*throughput.SETTINGS, *throughput.MEDIUM)
+    work = throughput.Work("td3", flags, warmup_steps=60, steps=40, settings=settings)
+    for setting in ("eager medium", "sb3", "sb3 medium", "eager", "products"):
+        throughput.measure(work, setting)
+    throughput.measure(work._replace(settings=throughput.SETTINGS), "products")
+    assert seen == ["medium", "highest", "medium", "highest", "medium", "highest"]
+    for setting in ("eager", "compile", *throughput.MEDIUM):
+        assert throughput.arguments(work, setting, "").compile == setting.startswith("compile")
 
 
 def test_speed_is_measured_after_the_warm_up():
