@@ -48,7 +48,7 @@ COMPILE_FROM = 1_000_000
 """Environment steps from which our runs are compiled: half a minute of compilation, then about twice the speed."""
 NOT_SB3S = ("output_dir", "seed", "compile", "checkpoint_every")
 """Flags that make no difference to which baseline benchmarks/sb3.py runs."""
-LATER = {("matmul_precision", "highest")}
+LATER = {"matmul_precision": "highest"}
 """Flags that came after runs without them, at the value that changes nothing."""
 
 
@@ -199,7 +199,7 @@ def code_sha256(impl: str, source: str, args: dict, sb3_version: str, flags: str
     """`source` of source_sha256 with what else makes the run: the flags, or for SB3 all arguments and its version."""
     if impl == "ours":
         return hashlib.sha256(json.dumps([source, flags]).encode()).hexdigest() if flags else source
-    args = {k: v for k, v in args.items() if k not in NOT_SB3S and (k, v) not in LATER}
+    args = {k: v for k, v in args.items() if k not in NOT_SB3S and not (k in LATER and v == LATER[k])}
     return hashlib.sha256(json.dumps([source, args, sb3_version], sort_keys=True).encode()).hexdigest()
 
 
