@@ -217,7 +217,7 @@ With `--matmul-precision medium`, against SB3 without it and, in the last two co
 `torch.set_float32_matmul_precision("medium")`, which no flag of SB3's makes. It lets PyTorch round the factors of
 float32 products to bfloat16 where the CPU multiplies those faster (Intel's AMX), and has it take oneDNN's products
 instead of MKL's: where oneDNN's kernel is `brg_matmul:avx512_core` (`ONEDNN_VERBOSE=1` shows it), as on AMD, nothing is
-rounded, and MKL would not have used AVX-512.
+rounded, and MKL would not have used AVX-512. The peers were measured as they come.
 
 {table}
 """
