@@ -206,18 +206,18 @@ other flags.{machines}
   otherwise: a quarter less arithmetic than here and in SB3. {slower}A ratio does not carry over to the last tenth.
 - **environment alone**, **products**, **above the floor**: what the faster setting's time goes into. The environments'
   part is what they take alone with random actions, the products' what training's matrix products take at the rate that
-  the machine reaches for 256 × 256{rate}; what is above is element-wise arithmetic, smaller products' lower rate,
-  memory, and what PyTorch and Python take to call it all; and where updates come between
-  their steps the environments are slower than alone.
+  the machine reaches for 256 × 256{rate}.
+  What is above is element-wise arithmetic, smaller products' lower rate, memory, and what PyTorch and Python take to
+  call it all; and where updates come between their steps the environments are slower than alone.
 - **of the floor**: the first two over the whole; 100% would be these two, one after the other, and nothing else.
 """
 
 MEDIUM_THROUGHPUT = """
-With `--matmul-precision medium`, against SB3 without it and, in the last two columns, against SB3 after the same call,
-`torch.set_float32_matmul_precision("medium")`, which no flag of SB3's makes. It lets PyTorch round the factors of
+With `--matmul-precision medium`, against SB3 as it comes and, in the last columns, against SB3 after the same call,
+`torch.set_float32_matmul_precision("medium")`, which SB3 leaves to its user. It lets PyTorch round the factors of
 float32 products to bfloat16 where the CPU multiplies those faster (Intel's AMX), and has it take oneDNN's products
-instead of MKL's: where oneDNN's kernel is `brg_matmul:avx512_core` (`ONEDNN_VERBOSE=1` shows it), as on AMD, nothing is
-rounded, and MKL would not have used AVX-512. The peers were measured as they come.
+instead of MKL's. On the AMD processor here they are faster, and not rounded: with `ONEDNN_VERBOSE=1` their kernel is
+`brg_matmul:avx512_core`. The peers were measured as they come.
 
 {table}
 """
@@ -604,7 +604,7 @@ def throughput_section(measurements: pd.DataFrame) -> str:
         table=throughput_table(measurements[~model_based]),
         slower=peers_machine(measurements),
         machines=machines(measurements),
-        rate=", for DDPG, TD3 and SAC with `--matmul-precision medium`" if medium else "",
+        rate=" (DDPG, TD3, SAC: with `--matmul-precision medium`)" if medium else "",
     )
     section += MEDIUM_THROUGHPUT.format(table=medium) if medium else ""
     for work, rows in measurements[model_based].groupby("work"):

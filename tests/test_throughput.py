@@ -63,7 +63,7 @@ def test_medium_precision_is_held_against_both_of_sb3s(monkeypatch):
     values += ["1.50 [1.50, 1.50]", "2.00 [2.00, 2.00]"]
     table = report.medium_table(rows)
     assert table.endswith(f"| {work} † | 1 | {' | '.join(values)} |")
-    assert table in report.throughput_section(rows) and "SAC with `--matmul" in report.throughput_section(rows)
+    assert table in report.throughput_section(rows) and "SAC: with `--matmul" in report.throughput_section(rows)
     codes = {x: report.source_sha256(*throughput.code_of(throughput.WORKS[work], x)) for x in rows["setting"]}
     assert codes["sb3 medium"] == codes["sb3"] != codes["eager"] == codes["eager medium"]
     rows = rows.assign(code_sha256=rows["setting"].map(codes), flags=throughput.WORKS[work].flags)
