@@ -72,7 +72,7 @@ class Args:
     """compile the gradient with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of float32 products, see torch.set_float32_matmul_precision: below highest a GPU may round to TF32, with medium a
-    CPU to bfloat16; medium also chooses oneDNN, on AMD with AVX-512 twice as fast as MKL and not rounded"""
+    CPU to bfloat16; medium also takes oneDNN's in place of MKL's: benchmarks/README.md has where that is faster"""
     output_dir: str = "runs"
     """folder that run directories are made in"""
     resume: str | None = None

@@ -9,9 +9,9 @@ many as the work's flags ask for: it trains for the work's steps and takes the t
 iterations, the first of them after warm-up and compilation. Beside these, what any implementation has to do: the
 steps per second of the environments alone, with random actions, and of training's matrix products alone at the rate
 that this machine reaches for 256 × 256; one after the other they are the floor. DDPG, TD3 and SAC, with their large
-products, are measured with --matmul-precision medium too, and SB3 with the same switch of PyTorch's; the floor is then
-at the rate that this gives. MBPO, which SB3 does not have, is held
-against sac.py with the same flags: as it is, and without the time that its model takes, which leaves the updates.
+products, are measured with --matmul-precision medium too, and so is SB3, with the same call; the floor is then at the
+rate that this gives. MBPO, which SB3 does not have, is held against sac.py with the same flags: as it is, and without
+the time that its model takes, which leaves the updates.
 Writes benchmarks/results/throughput.csv and prints the ratios.
 """
 
