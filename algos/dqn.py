@@ -355,7 +355,7 @@ def dqn_loss(network, target, batch: Transitions, discounts: Tensor | float, arg
 def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views: a step is a few operations.
 
-    Gradients reach the vector through `gradient_vector` and `adam_step` alone: after `loss.backward()` the
+    Gradients reach the vector through `gradient_vector` and the function below it alone: after `loss.backward()` the
     optimiser's step moves nothing, and clipping the parameters' gradients clips nothing. The module has to be complete
     and on its device before; a parameter that is replaced or moved later is trained no more, without an error.
     """

@@ -358,7 +358,7 @@ def dqn_loss(network, target, batch: Transitions, discounts: Tensor | float, arg
 def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views: a step is a few operations.
 
-    Gradients reach the vector through `gradient_vector` and `vector_step` alone: after `loss.backward()` the
+    Gradients reach the vector through `gradient_vector` and the function below it alone: after `loss.backward()` the
     optimiser's step moves nothing, and clipping the parameters' gradients clips nothing. The module has to be complete
     and on its device before; a parameter that is replaced or moved later is trained no more, without an error.
     """
@@ -374,10 +374,34 @@ def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
     return average(torch.cat([x.flatten() for x in gradients]))
 
 
-def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
-    """One step of an optimiser of one vector (P,), down this gradient."""
-    optimizer.param_groups[0]["params"][0].grad = gradient
-    optimizer.step()
+def adam_step(optimizer: torch.optim.Adam, gradient: Tensor) -> None:
+    """One step of a `vector_adam`, down this gradient (P,): the kernel of `optimizer.step()`, and its state, by hand.
+
+    The same bits, without what PyTorch does around the kernel for optimisers of many parameters, which costs more than
+    the step itself. Of another optimiser than plain Adam set the vector's .grad and call its step().
+    """
+    group = optimizer.param_groups[0]
+    vector, (beta1, beta2) = group["params"][0], group["betas"]
+    state = optimizer.state[vector]
+    if not state:
+        state["step"] = torch.zeros((), device=vector.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(vector.data), torch.zeros_like(vector.data)
+    steps = state["step"].add_(1)
+    torch._fused_adam_(
+        [vector.data],
+        [gradient],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],
+        [steps],
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=0,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 def dqn_gradient(network, target, batch: Transitions, discounts: Tensor | float, args: Args) -> tuple[Tensor, Tensor]:
@@ -390,7 +414,7 @@ def dqn_gradient(network, target, batch: Transitions, discounts: Tensor | float,
 def dqn_update(network, target, optimizer, batch, discounts, args: Args, gradient_of=dqn_gradient) -> Tensor:
     """One gradient step on a minibatch, with a `vector_adam(network)`. Returns METRICS before it."""
     gradient, metrics = gradient_of(network, target, batch, discounts, args)
-    vector_step(optimizer, gradient)
+    adam_step(optimizer, gradient)
     return metrics
 
 

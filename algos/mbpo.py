@@ -82,6 +82,9 @@ class Args:
     """CPU threads for PyTorch; two are faster than one for layers of 256, if there are cores to spare"""
     compile: bool = False
     """compile the gradients with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """of float32 products, see torch.set_float32_matmul_precision: below highest a GPU may round to TF32, with medium a
+    CPU to bfloat16; medium also takes oneDNN's in place of MKL's: benchmarks/README.md has where that is faster"""
     output_dir: str = "runs"
     """folder that run directories are made in"""
     resume: str | None = None
@@ -776,7 +779,7 @@ def sac_actor_update(
 def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
     """Adam on all parameters of `module` as one vector (P,), of which they become views: a step is a few operations.
 
-    Gradients reach the vector through `gradient_vector` and `adam_step` alone: after `loss.backward()` the
+    Gradients reach the vector through `gradient_vector` and the function below it alone: after `loss.backward()` the
     optimiser's step moves nothing, and clipping the parameters' gradients clips nothing. The module has to be complete
     and on its device before; a parameter that is replaced or moved later is trained no more, without an error.
     """
@@ -860,6 +863,7 @@ def check_model_arguments(args: Args, observation_space: gym.Space) -> None:
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
     rank, world_size, device = set_up(args)
+    torch.set_float32_matmul_precision(args.matmul_precision)
     spaces = check_spaces(args, (Box,), "For Discrete actions use dqn.py.")
     check_bounds(args, spaces[1])
     check_model_arguments(args, spaces[0])

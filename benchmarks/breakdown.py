@@ -39,7 +39,7 @@ PARTS = {
         *(f"{algo}_{part}_gradient" for algo in ("ddpg", "td3", "sac") for part in ("critic", "actor")),
         *("critic_gradient", "trpo_update", "pixel_ppo_update"),
     ),
-    "optimiser": ("vector_step",),
+    "optimiser": ("vector_step", "adam_step"),
     "target networks": ("polyak_update",),
 }
 """Functions of the scripts, none of which may call another of them. TRPO's gradient includes the step along it that is

@@ -1078,7 +1078,8 @@ def policy_step(policy, optimizer, part):
     states, actions, *_, advantages, _ = part
     log_probs, _ = policy.log_prob_and_entropy(states, actions)
     module = sys.modules[type(policy).__module__]
-    module.vector_step(optimizer, module.gradient_vector(-(log_probs * advantages).mean(), policy))
+    step = getattr(module, "vector_step", None) or module.adam_step
+    step(optimizer, module.gradient_vector(-(log_probs * advantages).mean(), policy))
 
 
 class DQNAgent(torch.nn.Module):

@@ -77,6 +77,31 @@ def test_updates_agree_with_sb3(record_property):
     print(f"ddpg: largest difference {worst:.1e} after 200 updates")
 
 
+def test_a_step_by_hand_is_the_optimisers_own_to_the_bit():
+    """Learning rates may change, and either takes over the other's state."""
+    torch.manual_seed(0)
+    start = ddpg.relu_mlp([3, 50, 2])
+    networks = [copy.deepcopy(start) for _ in range(2)]
+    ours, theirs = (ddpg.vector_adam(x, 1e-2) for x in networks)
+    for steps in range(1, 61):
+        gradient = torch.randn(302) * 10 ** (steps % 4 - 3)
+        ddpg.adam_step(ours, gradient)
+        (vector,) = theirs.param_groups[0]["params"]
+        vector.grad = gradient
+        theirs.step()
+        for a, b in zip(*(x.parameters() for x in networks), strict=True):
+            assert torch.equal(a, b)
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+        assert ours.state_dict()["state"][0]["step"] == steps
+        if steps == 20:
+            ours.param_groups[0]["lr"] = theirs.param_groups[0]["lr"] = 3e-4
+        if steps == 40:
+            states = copy.deepcopy([theirs.state_dict(), ours.state_dict()])
+            ours, theirs = (ddpg.vector_adam(x, 1e-2) for x in networks)
+            ours.load_state_dict(states[0])
+            theirs.load_state_dict(states[1])
+
+
 def test_adam_on_one_vector_is_adam_on_each_parameter():
     """Also after the module has taken over a state, as on --resume."""
     torch.manual_seed(0)
@@ -85,7 +110,7 @@ def test_adam_on_one_vector_is_adam_on_each_parameter():
     pairs = [(ours, ddpg.vector_adam(ours, 1e-2)), (theirs, torch.optim.Adam(theirs.parameters(), 1e-2))]
     for _ in range(2):
         for x in torch.randn(3, 16, 3):
-            ddpg.vector_step(pairs[0][1], ddpg.gradient_vector(ours(x).square().mean(), ours))
+            ddpg.adam_step(pairs[0][1], ddpg.gradient_vector(ours(x).square().mean(), ours))
             pairs[1][1].zero_grad()
             theirs(x).square().mean().backward()
             pairs[1][1].step()

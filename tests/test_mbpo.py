@@ -490,6 +490,17 @@ def test_minibatches_are_mixed_in_the_ratio_asked_for(monkeypatch, ratio, real):
         assert sum(found) == real and all(found[:real])
 
 
+@pytest.mark.usefixtures("highest_precision_afterwards")
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_products_have_the_precision_asked_for(monkeypatch, precision):
+    update, seen = mbpo.polyak_update, []
+    monkeypatch.setattr(
+        mbpo, "polyak_update", lambda *args: seen.append(torch.get_float32_matmul_precision()) or update(*args)
+    )
+    train(mbpo, f"{TINY} --matmul-precision {precision}")
+    assert set(seen) == {precision}
+
+
 def test_the_model_is_trained_at_its_frequency_and_its_rollouts_are_kept_for_their_age(monkeypatch):
     calls, learn_model, rollouts = [], mbpo.learn_model, mbpo.branched_rollouts
 

@@ -44,6 +44,20 @@ SPACES = {
 }
 
 
+def test_takes_steps_on_another_device_than_the_cpu_too():
+    """Of the device meta, which is everywhere: its tensors have shapes and no numbers."""
+    buffer = dqn.ReplayBuffer(10, 2, *SPACES["box"], torch.device("meta"))
+    for step in stream(7, 2, *SPACES["box"]):
+        buffer.add(*step)
+    assert (buffer.position, buffer.size) == (4, 10)
+
+
+def test_a_field_that_is_not_given_is_an_error():
+    (step,) = stream(1, 1, *SPACES["box"])
+    with pytest.raises(ValueError, match="shorter"):
+        dqn.ReplayBuffer(10, 1, *SPACES["box"], CPU).add(*step[:-1])
+
+
 @pytest.mark.parametrize("spaces", SPACES.values(), ids=SPACES)
 @pytest.mark.parametrize("num_envs, capacity, steps", [(1, 10, 4), (1, 10, 25), (3, 10, 2), (3, 10, 8), (4, 12, 3)])
 def test_holds_the_newest_transitions(spaces, num_envs, capacity, steps):
