@@ -798,8 +798,8 @@ def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
 def adam_step(optimizer: torch.optim.Adam, gradient: Tensor) -> None:
     """One step of a `vector_adam`, down this gradient (P,): the kernel of `optimizer.step()`, and its state, by hand.
 
-    The same bits, without what PyTorch does around the kernel for optimisers of many parameters, which costs more than
-    the step itself. Of another optimiser than plain Adam set the vector's .grad and call its step().
+    The same bits, without what PyTorch does around the kernel for optimisers of many parameters. Weight decay, amsgrad
+    and hooks are left out: for them, or for another optimiser, set the vector's .grad and call `optimizer.step()`.
     """
     group = optimizer.param_groups[0]
     vector, (beta1, beta2) = group["params"][0], group["betas"]
