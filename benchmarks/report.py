@@ -89,11 +89,15 @@ PUBLISHED = {
     ("a2c", "CartPole-v1"): "Zoo 500 (500k steps)",
     ("a2c", "Acrobot-v1"): "Zoo −83.4 (500k steps)",
     ("a2c", "Pendulum-v1"): "Zoo −163.0 (1M steps, gSDE)",
-    ("a2c", "HalfCheetah-v5"): "Zoo 3041 (v3, 1M steps, gSDE)",
+    ("a2c", "HalfCheetah-v5"): "Zoo 3041 (v3, 1M steps)",
     ("trpo", "CartPole-v1"): "Zoo 500",
     ("trpo", "Acrobot-v1"): "Zoo −83.1",
     ("trpo", "Pendulum-v1"): "Zoo −174.6 (gSDE)",
+    ("a2c", "Hopper-v5"): "Zoo 733 (v3)",
+    ("a2c", "Walker2d-v5"): "Zoo 582 (v3)",
+    ("trpo", "HalfCheetah-v5"): "Zoo 1785 (v3)",
     ("trpo", "Hopper-v5"): "Engstrom et al. 2043, with PPO's code-level tricks 2466 (v2); Zoo 3618 (v3)",
+    ("trpo", "Walker2d-v5"): "Engstrom et al. 2791, with PPO's code-level tricks 3050 (v2); Zoo 4933 (v3)",
     ("dqn", "CartPole-v1"): "Zoo 500",
     ("dqn", "Acrobot-v1"): "Zoo −76.6",
     ("ddpg", "Pendulum-v1"): "Zoo −152.1",
@@ -103,8 +107,11 @@ PUBLISHED = {
     ("td3", "Hopper-v5"): "CleanRL 3135 ± 360 (v4, 1M steps); Zoo 3606 (v3, 1M steps)",
     ("sac", "HalfCheetah-v5"): "CleanRL 9635 ± 1424 (v4, 1M steps); Zoo 9535 (v3, 1M steps)",
     ("sac", "Hopper-v5"): "CleanRL 2310 ± 343 (v4, 1M steps); Zoo 2326 (v3, 1M steps)",
+    ("ddpg", "HalfCheetah-v5"): "CleanRL 10374 ± 157 (v4, 1M steps)",
+    ("ddpg", "Hopper-v5"): "CleanRL 1577 ± 819 (v4, 1M steps)",
     ("ppo", "HalfCheetah-v5"): "CleanRL 1443 ± 46 (v4); Zoo 5819 (v3)",
-    ("ppo", "Hopper-v5"): "CleanRL 2383 ± 272 (v4); Zoo 2410 (v3)",
+    ("ppo", "Hopper-v5"): "CleanRL 2383 ± 272 (v4); Engstrom et al. 2513 (v2); Zoo 2410 (v3)",
+    ("ppo", "Walker2d-v5"): "CleanRL 2288 ± 572 (v4); Engstrom et al. 3292 (v2); Zoo 3479 (v3)",
     ("ppo_atari", "ALE/Pong-v5"): "CleanRL 20.4 (10M steps, NoFrameskip-v4); Zoo 21.0 (the same)",
 }
 """Figures that others give for the algorithm and environment; sources in PAGE."""
@@ -159,8 +166,9 @@ episodes.
 - Speed is not compared here, because these runs shared their machine with other work: see the table on throughput.
 - **published**: what others report, with their own hyperparameters and environment versions, so for orientation.
   CleanRL: mean training return ± deviation over 3 seeds, 500k steps (classic control) or 1M (MuJoCo)
-  (sources: [PPO](https://docs.cleanrl.dev/rl-algorithms/ppo/), [TD3](https://docs.cleanrl.dev/rl-algorithms/td3/),
-  [SAC](https://docs.cleanrl.dev/rl-algorithms/sac/)). Zoo: RL Baselines3 Zoo, one tuned run, deterministic
+  (sources: [PPO](https://docs.cleanrl.dev/rl-algorithms/ppo/), [DDPG](https://docs.cleanrl.dev/rl-algorithms/ddpg/),
+  [TD3](https://docs.cleanrl.dev/rl-algorithms/td3/), [SAC](https://docs.cleanrl.dev/rl-algorithms/sac/)).
+  Zoo: RL Baselines3 Zoo, one tuned run, deterministic
   evaluation ([source](https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md)). Engstrom et al. 2020:
   [arXiv 2005.12729](https://arxiv.org/abs/2005.12729).
 - † The code has changed since at least one of these runs was measured, or which code ran is not known. A change
