@@ -781,7 +781,9 @@ class Malicious:
         return os.mkdir, ("harm",)
 
 
-@pytest.mark.parametrize("dump", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))], ids=["zip", "pickle"])
+@pytest.mark.parametrize(
+    "dump", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2))], ids=["zip", "pickle"]
+)
 def test_resume_executes_nothing(algo, finished, capsys, dump):
     dump(load(finished) | {"step": Malicious()}, finished / "checkpoint.pt")
     assert_fails(algo, capsys, None, "--resume", action=lambda: resume(algo, finished))
