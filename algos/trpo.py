@@ -21,8 +21,9 @@ and leaves the policy as it is where no k < K will do. Details that matter, and 
 Against Stable-Baselines3 (sb3-contrib's TRPO): the same update (in double precision parameters agree to 1e-5 after
 three rollouts, tests/test_trpo.py), but for the KL of the line search, which is the paper's KL(π_old ‖ π_θ) here and
 the other way round there, and for conjugate gradient, which starts from 0 and stops at a relative residual here,
-and from small noise and at an absolute one there. SB3's VecNormalize moves its statistics at every step, here they
-move once per rollout.
+and from small noise and at an absolute one there. For a Box of A dimensions SB3's KL is not that of the action but its
+mean over the dimensions, so that --target-kl and --cg-damping are A times SB3's for the same update. SB3's
+VecNormalize moves its statistics at every step, here they move once per rollout.
 
     python algos/trpo.py                              # CartPole-v1
     python algos/trpo.py --env-id Pendulum-v1         # with its recommended settings
@@ -103,11 +104,11 @@ class Args:
     normalize_advantages: bool = True
     """normalise advantages per rollout and process"""
     target_kl: float = 0.01
-    """trust region δ, in nats"""
+    """trust region δ, in nats, of the whole action: for a Box of A dimensions A times SB3's"""
     cg_iterations: int = 15
     """steps of conjugate gradient"""
     cg_damping: float = 0.1
-    """multiple c of the identity that is added to the Fisher matrix"""
+    """multiple c of the identity that is added to the Fisher matrix: for a Box of A dimensions A times SB3's"""
     line_search_steps: int = 10
     """step sizes K that the line search tries"""
     line_search_shrink: float = 0.8
@@ -132,9 +133,13 @@ RECOMMENDED = {
         num_steps=512, num_minibatches=2, critic_epochs=20, gae_lambda=0.98, cg_damping=1e-3),
     "Acrobot-v1": dict(normalize_observations=True, normalize_rewards=True),
     "Pendulum-v1": dict(gamma=0.9, critic_epochs=15),
-    "HalfCheetah-v5": MUJOCO | dict(target_kl=0.04),
-    **{f"{name}-v5": MUJOCO for name in ("Hopper", "Walker2d", "Ant", "Humanoid", "InvertedPendulum")},
-    "Swimmer-v5": MUJOCO | dict(gamma=0.9999),
+    "InvertedPendulum-v5": MUJOCO,
+    "Swimmer-v5": MUJOCO | dict(target_kl=0.02, cg_damping=0.2, gamma=0.9999),
+    "Hopper-v5": MUJOCO | dict(target_kl=0.03, cg_damping=0.3),
+    "Walker2d-v5": MUJOCO | dict(target_kl=0.06, cg_damping=0.6),
+    "HalfCheetah-v5": MUJOCO | dict(target_kl=0.24, cg_damping=0.6),
+    "Ant-v5": MUJOCO | dict(target_kl=0.08, cg_damping=0.8),
+    "Humanoid-v5": MUJOCO | dict(target_kl=0.17, cg_damping=1.7),
 }
 # fmt: on
 """Settings by environment id: `--env-id` alone takes them, an explicit flag wins."""

@@ -23,6 +23,7 @@ import gymnasium as gym
 import numpy as np
 import stable_baselines3
 import torch
+from gymnasium.spaces import Box
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.atari_wrappers import (
@@ -105,7 +106,12 @@ def a2c_model(args, env: VecEnv) -> A2C:
 
 
 def trpo_model(args, env: VecEnv) -> TRPO:
-    """sb3-contrib's TRPO with every hyperparameter of algos/trpo.py's Args."""
+    """sb3-contrib's TRPO with every hyperparameter of algos/trpo.py's Args.
+
+    For a Box its KL is the mean over the dimensions of the action, and the Fisher matrix is that mean's Hessian: the
+    same trust region and the same damping are smaller numbers there.
+    """
+    dimensions = env.action_space.shape[0] if isinstance(env.action_space, Box) else 1
     return TRPO(
         "MlpPolicy",
         env,
@@ -114,13 +120,13 @@ def trpo_model(args, env: VecEnv) -> TRPO:
         batch_size=args.num_envs * args.num_steps // args.num_minibatches,
         gamma=args.gamma,
         cg_max_steps=args.cg_iterations,
-        cg_damping=args.cg_damping,
+        cg_damping=args.cg_damping / dimensions,
         line_search_shrinking_factor=args.line_search_shrink,
         line_search_max_iter=args.line_search_steps,
         n_critic_updates=args.critic_epochs,
         gae_lambda=args.gae_lambda,
         normalize_advantage=args.normalize_advantages,
-        target_kl=args.target_kl,
+        target_kl=args.target_kl / dimensions,
         policy_kwargs=dict(
             net_arch=list(args.hidden_sizes), activation_fn=torch.nn.Tanh, log_std_init=args.log_std_init
         ),
