@@ -84,7 +84,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Hopper-v5"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_update_parity_with_sb3(env_id, variant, record_property):
     """Fifty rollouts through SB3's own train() and through ours: same weights, same data."""
@@ -105,6 +105,7 @@ def test_update_parity_with_sb3(env_id, variant, record_property):
     optimizer = a2c.make_optimizer(a2c.parameter_vector(agent), args)
 
     def update(obs, next_obs, actions, rewards, terminated, truncated):
+        obs, next_obs = obs.float(), next_obs.float()  # as SB3's policies make of them
         if args.anneal_lr:
             remaining = 1 - (model.num_timesteps - T * N) / args.total_timesteps
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining

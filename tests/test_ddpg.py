@@ -50,9 +50,10 @@ def test_the_policys_gradient_is_that_of_the_theorem():
     torch.testing.assert_close(ours, tuple(-x for x in theorem))
 
 
-def test_updates_agree_with_sb3(record_property):
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "Hopper-v5"])
+def test_updates_agree_with_sb3(env_id, record_property):
     """SB3's own learn() and train(), over the same data with the same minibatches."""
-    env = recorded_envs("Pendulum-v1", 1)
+    env = recorded_envs(env_id, 1)
     settings = dict(learning_rate=1e-3, batch_size=32, gamma=0.97, tau=0.05)
     options = dict(buffer_size=300, learning_starts=200, policy_kwargs=dict(net_arch=[16, 16]), seed=0, device="cpu")
     model = DDPG("MlpPolicy", env, **settings, **options)
@@ -74,7 +75,7 @@ def test_updates_agree_with_sb3(record_property):
         worst = max(worst, assert_parameters_agree(ours.actor, actor, 1e-5, start.actor.state_dict()))
         worst = max(worst, assert_parameters_agree(ours.critic, critic, 1e-5, start.critic.state_dict()))
     record_property("largest difference", worst)
-    print(f"ddpg: largest difference {worst:.1e} after 200 updates")
+    print(f"ddpg, {env_id}: largest difference {worst:.1e} after 200 updates")
 
 
 def test_a_step_by_hand_is_the_optimisers_own_to_the_bit():

@@ -199,7 +199,7 @@ def test_an_update_stops_above_one_and_a_half_times_the_target_kl(kl, stops):
     torch.testing.assert_close(vector.detach(), before if stops else before - 1)
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Hopper-v5"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_update_parity_with_sb3(env_id, variant, monkeypatch, record_property):
     """Four rollouts through SB3's own train() and through ours: same weights, same data, same minibatch order."""
@@ -224,6 +224,7 @@ def test_update_parity_with_sb3(env_id, variant, monkeypatch, record_property):
     monkeypatch.setattr(np.random, "permutation", lambda n: orders.append(permutation(n)) or orders[-1])
 
     def update(obs, next_obs, actions, rewards, terminated, truncated):
+        obs, next_obs = obs.float(), next_obs.float()  # as SB3's policies make of them
         remaining = 1 - (model.num_timesteps - T * N) / args.total_timesteps
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         clip = args.clip_coef * (remaining if args.anneal_clip else 1)

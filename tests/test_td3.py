@@ -122,10 +122,10 @@ def test_ornstein_uhlenbeck_noise_has_its_mean_variance_and_correlation():
     torch.testing.assert_close(white, torch.full((2000,), 0.2))
 
 
-@pytest.mark.parametrize("num_critics", [2, 3])
-def test_updates_agree_with_sb3(num_critics, record_property):
+@pytest.mark.parametrize("env_id, num_critics", [("Pendulum-v1", 2), ("Pendulum-v1", 3), ("Hopper-v5", 2)])
+def test_updates_agree_with_sb3(env_id, num_critics, record_property):
     """SB3's own learn() and train(), over the same data with the same minibatches and smoothing noise."""
-    env = recorded_envs("Pendulum-v1", 1)
+    env = recorded_envs(env_id, 1)
     settings = dict(learning_rate=1e-3, batch_size=32, gamma=0.97, tau=0.05, policy_delay=2)
     model = TD3(
         "MlpPolicy",
@@ -166,4 +166,4 @@ def test_updates_agree_with_sb3(num_critics, record_property):
         theirs = copy_critics(critic, copy.deepcopy(start.critics))
         worst = max(worst, assert_parameters_agree(ours.critics, theirs, 1e-5, start.critics.state_dict()))
     record_property("largest difference", worst)
-    print(f"td3, {num_critics} critics: largest difference {worst:.1e} after {updates} updates")
+    print(f"td3, {env_id}, {num_critics} critics: largest difference {worst:.1e} after {updates} updates")

@@ -177,7 +177,7 @@ def test_equal_advantages_leave_the_policy_as_it_is():
     assert torch.equal(old, parameters_to_vector(trpo.policy_parameters(agent)))
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Hopper-v5"])  # Hopper's actions have 3 dimensions
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Hopper-v5"])
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "plain"])
 def test_update_parity_with_sb3(env_id, normalize, monkeypatch, record_property):
     """Three rollouts through sb3-contrib's own train() and through ours: same weights, data and minibatch order.
