@@ -160,6 +160,8 @@ episodes.
 - **verdict**: whether the interval of the difference reaches 0, which does not show that the two sides are equal, or
   which side is better; with 3 or 4 seeds, "few seeds", that is no test, and with fewer there is none.
 - DQN is Double DQN here, the script's default, and plain DQN in SB3, which has no other.
+- TRPO's trust region and damping are the same on both sides. For an action of A dimensions sb3-contrib takes the KL's
+  mean over them where trpo.py takes the KL of the action, so its two numbers are A times smaller ([sb3.py](sb3.py)).
 - An algorithm that SB3 does not have stands beside SB3's A2C and PPO (MBPO: SAC) after the same number of steps, each
   with the settings recommended for it here; in brackets SB3's seeds. Where these settings are meant for a longer run,
   they are taken unchanged for the suite's shorter one: A2C's are, on all three tasks of classic control.
