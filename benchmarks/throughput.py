@@ -84,7 +84,7 @@ WORKS = {
     ),
     "trpo HalfCheetah": Work(
         algo="trpo",
-        flags="--env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --critic-epochs 10 --target-kl 0.01"
+        flags="--env-id HalfCheetah-v5 --num-envs 1 --num-steps 2048 --critic-epochs 10 --target-kl 0.06"
         " --no-normalize-observations --no-normalize-rewards",
         warmup_steps=2 * 2048,
         steps=10 * 2048,

@@ -213,6 +213,8 @@ def test_trpos_hyperparameters_are_translated_to_sb3():
     )
     assert (model.line_search_max_iter, model.line_search_shrinking_factor) == (6, 0.57)
     assert (model.batch_size, model.n_critic_updates, model.lr_schedule(0.5)) == (20, 3, 0.0123)
+    model = sb3_model("trpo", env_id="Hopper-v5")  # three dimensions, of which SB3's KL is the mean
+    assert (model.target_kl, model.cg_damping) == pytest.approx((0.031 / 3, 0.013 / 3))
 
 
 @pytest.mark.parametrize("algo", ["dqn", "dqn_atari", "ddpg", "td3", "sac"])
