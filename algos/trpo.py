@@ -133,6 +133,7 @@ RECOMMENDED = {
         num_steps=512, num_minibatches=2, critic_epochs=20, gae_lambda=0.98, cg_damping=1e-3),
     "Acrobot-v1": dict(normalize_observations=True, normalize_rewards=True),
     "Pendulum-v1": dict(gamma=0.9, critic_epochs=15),
+    # target_kl and cg_damping: the Zoo's, which are SB3's numbers, times the dimensions of the action
     "InvertedPendulum-v5": MUJOCO,
     "Swimmer-v5": MUJOCO | dict(target_kl=0.02, cg_damping=0.2, gamma=0.9999),
     "Hopper-v5": MUJOCO | dict(target_kl=0.03, cg_damping=0.3),
