@@ -41,6 +41,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -71,7 +72,8 @@ class Args:
     torch_threads: int = 1
     """CPU threads for PyTorch; two are faster than one for layers of 256, if there are cores to spare"""
     compile: bool = False
-    """compile the gradient with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
+    """compile the gradient with torch.compile, and on a GPU record whole steps as CUDA graphs: pays in runs of several
+    minutes"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of float32 products, see torch.set_float32_matmul_precision: below highest a GPU may round to TF32, with medium a
     CPU to bfloat16; medium also takes oneDNN's in place of MKL's: benchmarks/README.md has where that is faster"""
@@ -402,15 +404,29 @@ def train(args: Args) -> dict:
     agent = DeterministicActorCritic(*spaces, args.hidden_sizes).to(device)
     target = copy.deepcopy(agent).requires_grad_(False)
     actor_optimizer, critic_optimizer = (vector_adam(x, args.learning_rate) for x in (agent.actor, agent.critic))
-    gradients = [compiled(x, device) for x in GRADIENTS] if args.compile else GRADIENTS
+    gradients = [fused(x) for x in GRADIENTS] if args.compile else GRADIENTS
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
     modules = {"agent": agent, "target": target, "buffer": buffer}
     run = Run(args, rank, modules | {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer})
     envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
 
+    noise_theta = 0.15 if args.noise == "ou" else 1.0  # θ = 1: no memory
+
+    def act(obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions in [−1, 1], what the environment takes for them, and the noise in them, which follows `noise`."""
+        noise = ornstein_uhlenbeck(noise, torch.randn_like(noise), args.exploration_noise, noise_theta)
+        with torch.no_grad():
+            actions = (agent.actor(agent.encode(obs)) + noise).clamp(-1, 1)
+            return actions, agent.to_env(actions), noise
+
+    def update(rows: Tensor) -> Tensor:
+        return ddpg_update(agent, target, actor_optimizer, critic_optimizer, buffer.get(rows), args, gradients)
+
+    if args.compile and device.type == "cuda" and world_size == 1:
+        act, update = map(CudaGraph, (act, update))
+
     obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
     noise = torch.zeros(args.num_envs, agent.action_size, device=device)
-    noise_theta = 0.15 if args.noise == "ou" else 1.0  # θ = 1: no memory
     metrics = []
     logged_step = run.step
     while run.step < args.total_timesteps and not run.interrupted():
@@ -418,24 +434,23 @@ def train(args: Args) -> dict:
         for _ in range(args.train_frequency):
             if run.step < args.learning_starts:
                 actions = 2 * torch.rand_like(noise) - 1
+                env_actions = agent.to_env(actions)
             else:
-                noise = ornstein_uhlenbeck(noise, torch.randn_like(noise), args.exploration_noise, noise_theta)
-                with torch.no_grad():
-                    states = agent.encode(torch.as_tensor(obs, dtype=agent.observation_dtype, device=device))
-                    actions = (agent.actor(states) + noise).clamp(-1, 1)
+                states = torch.as_tensor(obs, dtype=agent.observation_dtype, device=device)
+                actions, env_actions, noise = act(states, noise)
             acted_on = obs
-            obs, next_obs, rewards, terminated, truncated, infos = step_envs(envs, agent.to_env(actions))
+            obs, next_obs, rewards, terminated, truncated, infos = step_envs(envs, env_actions)
             buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated)
-            noise[terminated | truncated] = 0
+            if (ended := terminated | truncated).any():
+                noise[ended] = 0
             run.step += args.num_envs * world_size
             run.log_episodes(infos)
 
         # Update on minibatches of everything in the buffer.
         if run.step > args.learning_starts:
             for _ in range(args.gradient_steps):
-                batch = buffer.get(buffer.draw_rows(args.batch_size))
-                new = ddpg_update(agent, target, actor_optimizer, critic_optimizer, batch, args, gradients)
-                metrics.append(new)
+                new = update(buffer.draw_rows(args.batch_size))
+                metrics.append(new.clone())  # a CUDA graph reuses the memory of its outputs
 
         # Log.
         if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
@@ -512,11 +527,43 @@ def average(x: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
+def fused(function: Callable) -> Callable:
+    """torch.compile, a backward pass within the function included."""
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
         torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # --matmul-precision has them
+    return torch.compile(function)
+
+
+class CudaGraph:
+    """A function of tensors as one CUDA graph: all its kernels for the price of one launch.
+
+    The first three calls run it; the fourth records it, with its own inputs as the places that later calls copy theirs
+    to. Results hold until the next call. What else it reads and writes (weights, optimisers, the replay buffer) has to
+    stay where it is in memory, and numbers are those of the recording; random draws go on as without a graph.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self, *inputs: Tensor | None):
+        self.calls += 1
+        if self.calls < 4:  # compilation, cuBLAS's workspaces and Adam's state come before a recording
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            return outputs
+        if self.calls == 4:
+            self.inputs = inputs
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*inputs)
+        for own, x in zip(self.inputs, inputs):
+            if x is not own:  # which the result of another graph is
+                own.copy_(x)
+        self.graph.replay()
+        return self.outputs
 
 
 def make_env(args: Args, **kwargs) -> gym.Env:

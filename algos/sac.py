@@ -47,6 +47,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -77,7 +78,8 @@ class Args:
     torch_threads: int = 1
     """CPU threads for PyTorch; two are faster than one for layers of 256, if there are cores to spare"""
     compile: bool = False
-    """compile the gradient with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
+    """compile the gradient with torch.compile, and on a GPU record whole steps as CUDA graphs: pays in runs of several
+    minutes"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of float32 products, see torch.set_float32_matmul_precision: below highest a GPU may round to TF32, with medium a
     CPU to bfloat16; medium also takes oneDNN's in place of MKL's: benchmarks/README.md has where that is faster"""
@@ -494,7 +496,7 @@ def train(args: Args) -> dict:
         vector_adam(x, args.learning_rate) for x in (agent.actor, agent.critics, agent.temperature)
     )
     critic_gradient, actor_gradient = (
-        compiled(x, device) if args.compile else x for x in (sac_critic_gradient, sac_actor_gradient)
+        fused(x) if args.compile else x for x in (sac_critic_gradient, sac_actor_gradient)
     )
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
     counter = nn.Module()  # a module, so that a checkpoint holds it
@@ -504,6 +506,26 @@ def train(args: Args) -> dict:
     run = Run(args, rank, modules | {"alpha_optimizer": alpha_optimizer})
     envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
 
+    def act(obs: Tensor) -> tuple[Tensor, Tensor]:
+        """a ~ π(·|s) in [−1, 1], and what the environment takes for it."""
+        noise = torch.randn(args.num_envs, agent.action_size, device=device)
+        with torch.no_grad():
+            actions, _ = agent.sample(agent.encode(obs), noise)
+            return actions, agent.to_env(actions)
+
+    def critic_step(rows: Tensor, members: Tensor | None) -> tuple[Transitions, Tensor]:
+        batch = buffer.get(rows)
+        noise = torch.randn_like(batch.actions)
+        return batch, sac_critic_update(agent, target, critic_optimizer, batch, noise, members, args, critic_gradient)
+
+    def actor_step(*batch: Tensor) -> Tensor:
+        batch = Transitions(*batch)
+        noise = torch.randn_like(batch.actions)
+        return sac_actor_update(agent, actor_optimizer, alpha_optimizer, batch, noise, args, actor_gradient)
+
+    if args.compile and device.type == "cuda" and world_size == 1:
+        act, critic_step, actor_step = map(CudaGraph, (act, critic_step, actor_step))
+
     obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
     critic_metrics, actor_metrics = [], []
     logged_step = run.step
@@ -512,13 +534,11 @@ def train(args: Args) -> dict:
         for _ in range(args.train_frequency):
             if run.step < args.learning_starts:
                 actions = 2 * torch.rand(args.num_envs, agent.action_size, device=device) - 1
+                env_actions = agent.to_env(actions)
             else:
-                noise = torch.randn(args.num_envs, agent.action_size, device=device)
-                with torch.no_grad():
-                    states = agent.encode(torch.as_tensor(obs, dtype=agent.observation_dtype, device=device))
-                    actions, _ = agent.sample(states, noise)
+                actions, env_actions = act(torch.as_tensor(obs, dtype=agent.observation_dtype, device=device))
             acted_on = obs
-            obs, next_obs, rewards, terminated, truncated, infos = step_envs(envs, agent.to_env(actions))
+            obs, next_obs, rewards, terminated, truncated, infos = step_envs(envs, env_actions)
             buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated)
             run.step += args.num_envs * world_size
             run.log_episodes(infos)
@@ -526,22 +546,14 @@ def train(args: Args) -> dict:
         # Update on minibatches of everything in the buffer.
         if run.step > args.learning_starts:
             for _ in range(args.gradient_steps):
-                batch = buffer.get(buffer.draw_rows(args.batch_size))
-                members = None
+                rows, members = buffer.draw_rows(args.batch_size), None
                 if args.critic_subset < args.num_critics:
                     members = torch.randperm(args.num_critics, device=device)[: args.critic_subset]
-                noise = torch.randn_like(batch.actions)
-                metrics = sac_critic_update(
-                    agent, target, critic_optimizer, batch, noise, members, args, critic_gradient
-                )
+                batch, metrics = critic_step(rows, members)
                 critic_metrics.append(metrics.clone())  # CUDA graphs reuse the memory of their outputs
                 counter.updates += 1
                 if counter.updates % args.policy_delay == 0:
-                    noise = torch.randn_like(batch.actions)
-                    metrics = sac_actor_update(
-                        agent, actor_optimizer, alpha_optimizer, batch, noise, args, actor_gradient
-                    )
-                    actor_metrics.append(metrics.clone())
+                    actor_metrics.append(actor_step(*batch).clone())
 
         # Log.
         if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
@@ -621,11 +633,43 @@ def average(x: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
+def fused(function: Callable) -> Callable:
+    """torch.compile, a backward pass within the function included."""
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
         torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # --matmul-precision has them
+    return torch.compile(function)
+
+
+class CudaGraph:
+    """A function of tensors as one CUDA graph: all its kernels for the price of one launch.
+
+    The first three calls run it; the fourth records it, with its own inputs as the places that later calls copy theirs
+    to. Results hold until the next call. What else it reads and writes (weights, optimisers, the replay buffer) has to
+    stay where it is in memory, and numbers are those of the recording; random draws go on as without a graph.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self, *inputs: Tensor | None):
+        self.calls += 1
+        if self.calls < 4:  # compilation, cuBLAS's workspaces and Adam's state come before a recording
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            return outputs
+        if self.calls == 4:
+            self.inputs = inputs
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*inputs)
+        for own, x in zip(self.inputs, inputs):
+            if x is not own:  # which the result of another graph is
+                own.copy_(x)
+        self.graph.replay()
+        return self.outputs
 
 
 def make_env(args: Args, **kwargs) -> gym.Env:

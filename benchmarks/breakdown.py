@@ -65,7 +65,8 @@ def clocks(script) -> Iterator[Callable[[], np.ndarray]]:
         clocked.part = part
         return clocked
 
-    compiled = script.compiled
+    name_of_compile = "fused" if hasattr(script, "fused") else "compiled"
+    compile_function = getattr(script, name_of_compile)
     with contextlib.ExitStack() as stack:
         for part, names in PARTS.items():
             for name in names:
@@ -78,10 +79,10 @@ def clocks(script) -> Iterator[Callable[[], np.ndarray]]:
             stack.enter_context(patch.object(script, "GRADIENTS", gradients))
 
         # The clock stands outside of what is compiled.
-        def timed_compiled(function, device):
-            return timed(compiled(function.__wrapped__, device), function.part)
+        def timed_compiled(function, *device):
+            return timed(compile_function(function.__wrapped__, *device), function.part)
 
-        stack.enter_context(patch.object(script, "compiled", timed_compiled))
+        stack.enter_context(patch.object(script, name_of_compile, timed_compiled))
         yield lambda: np.array([perf_counter(), *(spent[part] for part in PARTS)])
 
 

@@ -2,17 +2,19 @@
 
     python benchmarks/throughput.py                        # every work, 5 rounds
     python benchmarks/throughput.py --only CartPole --rounds 3
+    python benchmarks/throughput.py --device cuda          # on a GPU, beside what LeanRL publishes
 
 The settings alternate within a round, so that what else the machine does falls on all of them, and a ratio is
 taken over SB3 of the same round. Each measurement is a process of its own, on the CPU, with one PyTorch thread or as
 many as the work's flags ask for: it trains for the work's steps and takes the time between two boundaries of training
-iterations, the first of them after warm-up and compilation. Beside these, what any implementation has to do: the
+iterations, the first of them after warm-up and compilation. With --device cuda the networks, here and in SB3, are on
+the GPU, and the environments on the CPU. Beside these, on the CPU, what any implementation has to do: the
 steps per second of the environments alone, with random actions, and of training's matrix products alone at the rate
 that this machine reaches for 256 × 256; one after the other they are the floor. DDPG, TD3 and SAC, with their large
 products, are measured with --matmul-precision medium too, and so is SB3, with the same call; the floor is then at the
 rate that this gives. MBPO, which SB3 does not have, is held against sac.py with the same flags: as it is, and without
 the time that its model takes, which leaves the updates.
-Writes benchmarks/results/throughput.csv and prints the ratios.
+Writes benchmarks/results/throughput.csv, or throughput_cuda.csv, and prints the ratios.
 """
 
 import contextlib
@@ -28,11 +30,12 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
+import sb3
 import torch
 import tyro
 from run import RESULTS, ROOT, last_line, source_sha256
@@ -60,6 +63,8 @@ class Work(NamedTuple):
     steps: int
     """environment steps measured, 10 to 20 seconds of them"""
     settings: tuple[str, ...] = SETTINGS
+    device: str = "cpu"
+    """where the networks are"""
 
 
 WORKS = {
@@ -124,6 +129,23 @@ WORKS = {
 }
 
 
+CUDA_WORKS = {
+    name: WORKS[name]._replace(warmup_steps=warmup, steps=steps, settings=("compile", "sb3"), device="cuda")
+    for name, warmup, steps in (
+        ("ppo HalfCheetah", 2 * 2048, 4 * 2048),
+        ("ppo_atari Pong", 6 * 1024, 12 * 1024),
+        ("dqn CartPole", 2_000, 3_000),
+        ("ddpg HalfCheetah", 2_000, 3_000),
+        ("td3 HalfCheetah", 2_000, 3_000),
+        ("sac HalfCheetah", 2_000, 3_000),
+    )
+}
+"""What is measured on a GPU."""
+
+LEANRL = {"ppo HalfCheetah": 1774, "ppo_atari Pong": 6809, "td3 HalfCheetah": 936, "sac HalfCheetah": 725}
+"""Steps per second that LeanRL publishes for its compiled scripts with CUDA graphs on an H100, on HalfCheetah-v4 and
+Breakout; its other figures are of works that are not here."""
+
 PEERS = {
     "ppo CartPole": ("SBX", 4610, 4270),
     "ppo HalfCheetah": ("SBX", 1150, 1100),
@@ -144,6 +166,8 @@ class Args:
     """measurements of every setting"""
     only: str = ""
     """only works with this in their name"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the networks are"""
     results: Path = RESULTS
     """folder of throughput.csv"""
 
@@ -187,6 +211,17 @@ def clock_without_model(module):
         yield lambda: perf_counter() - spent
 
 
+@contextlib.contextmanager
+def sb3_models_on(device: str):
+    """Within it sb3.py, which says "cpu" where its runs are reproducible, makes its models on this device."""
+    with contextlib.ExitStack() as stack:
+        for name in ("PPO", "DQN", "DDPG", "TD3", "SAC"):
+            model = getattr(sb3, name)
+            on_device = lambda *args, model=model, **kwargs: model(*args, **(kwargs | {"device": device}))  # noqa: E731
+            stack.enter_context(patch.object(sb3, name, on_device))
+        yield
+
+
 def boundaries_sb3(algo: str, args) -> list[tuple[int, float]]:
     """Trains; (environment steps, seconds) at the start of every rollout and at the end."""
     boundaries = []
@@ -203,7 +238,9 @@ def boundaries_sb3(algo: str, args) -> list[tuple[int, float]]:
     torch.set_num_threads(args.torch_threads)
     torch.set_float32_matmul_precision(getattr(args, "matmul_precision", "highest"))
     env = maker_of(algo)(args, args.num_envs, Path(args.output_dir) / "monitor.csv")
-    MODELS[algo](args, env).learn(args.total_timesteps, callback=Clock())
+    with sb3_models_on(args.device):
+        model = MODELS[algo](args, env)
+    model.learn(args.total_timesteps, callback=Clock())
     return boundaries
 
 
@@ -262,8 +299,9 @@ def arguments(work: Work, setting: str, folder: str):
     """The script's Args, with run directories in `folder`."""
     switches = ["--compile"] if setting.startswith("compile") else []
     switches += ["--matmul-precision", "medium"] if setting in MEDIUM else []
-    argv = f"{work.flags} --total-timesteps {work.warmup_steps + work.steps} --eval-episodes 1 --device cpu".split()
-    return parse_args(code_of(work, setting)[1], [*argv, "--output-dir", folder, *switches])
+    argv = f"{work.flags} --total-timesteps {work.warmup_steps + work.steps} --eval-episodes 1".split()
+    argv += ["--device", work.device, "--output-dir", folder, *switches]
+    return parse_args(code_of(work, setting)[1], argv)
 
 
 def measure(work: Work, setting: str) -> float:
@@ -289,10 +327,15 @@ def code_of(work: Work, setting: str) -> tuple[str, str]:
     return "sb3" if setting.startswith("sb3") else "ours", "sac" if setting == "sac" else work.algo
 
 
-def measure_in_process(name: str, setting: str) -> float:
+def works_on(device: str) -> dict[str, Work]:
+    """What is measured there, by name."""
+    return CUDA_WORKS if device == "cuda" else WORKS
+
+
+def measure_in_process(device: str, name: str, setting: str) -> float:
     """`measure` in a fresh process of this script."""
     process = subprocess.run(
-        [sys.executable, __file__, "--worker", name, setting],
+        [sys.executable, __file__, "--worker", device, name, setting],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -303,14 +346,15 @@ def measure_in_process(name: str, setting: str) -> float:
     return float(process.stdout.splitlines()[-1])
 
 
-def machine() -> str:
-    """The processor's name and the number of cores that this process may use."""
+def machine(device: str = "cpu") -> str:
+    """The processor's name and the number of cores that this process may use; with CUDA the GPU's name before them."""
     try:
         name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
     except (OSError, TypeError):
         name = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
+    gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
+    return f"{gpu}{name}, {cores} cores"
 
 
 def summary(measurements: pd.DataFrame) -> pd.DataFrame:
@@ -332,28 +376,31 @@ def summary(measurements: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:  # measure_in_process
-        name, setting = sys.argv[2:]
-        print(measure(WORKS[name], setting))
+        device, name, setting = sys.argv[2:]
+        print(measure(works_on(device)[name], setting))
         return
     args = tyro.cli(Args, description=__doc__)
-    names = [name for name in WORKS if args.only in name]
+    works = works_on(args.device)
+    names = [name for name in works if args.only in name]
     if not names:
-        sys.exit(f"--only {args.only}: in no work's name; there are {', '.join(WORKS)}")
+        sys.exit(f"--only {args.only}: in no work's name; there are {', '.join(works)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"--device cuda: PyTorch {torch.__version__} finds none here")
     if args.rounds < 1:
         sys.exit(f"--rounds {args.rounds}: must be at least 1")
-    path = args.results / "throughput.csv"
+    path = args.results / ("throughput_cuda.csv" if args.device == "cuda" else "throughput.csv")
     args.results.mkdir(parents=True, exist_ok=True)
     others = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
     others = others[~others["work"].isin(names)]
     rows, today = [], datetime.now(timezone.utc).date().isoformat()
-    bar = tqdm(total=args.rounds * sum(len(WORKS[name].settings) for name in names), unit="run")
+    bar = tqdm(total=args.rounds * sum(len(works[name].settings) for name in names), unit="run")
     for number in range(1, args.rounds + 1):
         for name in names:
-            for setting in WORKS[name].settings:
+            for setting in works[name].settings:
                 bar.set_description(f"{name}, {setting}")
-                code = source_sha256(*code_of(WORKS[name], setting))
-                speed = round(measure_in_process(name, setting), 1)
-                rows.append((name, setting, number, speed, today, code, WORKS[name].flags, machine()))
+                code = source_sha256(*code_of(works[name], setting))
+                speed = round(measure_in_process(args.device, name, setting), 1)
+                rows.append((name, setting, number, speed, today, code, works[name].flags, machine(args.device)))
                 bar.update()
         measurements = pd.concat([others, pd.DataFrame(rows, columns=COLUMNS)])
         measurements.to_csv(path, index=False)  # a round that has ended is kept, whatever comes

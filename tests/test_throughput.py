@@ -188,7 +188,7 @@ def test_rounds_that_have_ended_are_kept(monkeypatch, tmp_path):
     """The second one fails; what was measured of other works stays."""
     calls = []
 
-    def measure(name, setting):
+    def measure(device, name, setting):
         calls.append(setting)
         return 10.0 * len(calls) if len(calls) < 7 else sys.exit("ppo CartPole, eager: no more")
 
