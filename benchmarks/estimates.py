@@ -98,6 +98,11 @@ def curves_of(impl: str, algo: str, env_id: str, steps: int, runs: pd.DataFrame,
     return np.stack(curves, axis=-1) if curves else np.empty((BINS, 0))
 
 
+def training_means(impl: str, algo: str, env_id: str, steps: int, runs: pd.DataFrame, results: Path) -> np.ndarray:
+    """Mean training return over the whole run (seeds,): of its fiftieths, those before the first end as the first."""
+    return pd.DataFrame(curves_of(impl, algo, env_id, steps, runs, results)).bfill().mean().to_numpy()
+
+
 # Tables and plots -----------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,7 @@ from estimates import (
     runs_of,
     save,
     tidy,
+    training_means,
 )
 from growth import AXES, BUFFER_SIZES, EVIDENCE
 from growth import KEY as GROWTH_KEY
@@ -49,7 +50,7 @@ from run import KEY, RESULTS, Cell, cells_of, present_code, read_runs, sb3_versi
 from sb3 import MODELS
 from steps_to_solve import ENV_ID, EPISODES, EVERY, SIDES, SOLVED
 from suites import EXPERTS, SUITES
-from throughput import MEDIUM, MODEL_BASED_SETTINGS, PEERS, WORKS, code_of, summary
+from throughput import CUDA_WORKS, LEANRL, MEDIUM, MODEL_BASED_SETTINGS, PEERS, WORKS, code_of, summary
 
 LABELS = {"ours": "ours", "sb3": "Stable-Baselines3"}
 IMITATORS = {
@@ -159,6 +160,8 @@ episodes.
   Pendulum, the seeds of one side are alike, and its own interval is narrower than that of seeds further apart.
 - **verdict**: whether the interval of the difference reaches 0, which does not show that the two sides are equal, or
   which side is better; with 3 or 4 seeds, "few seeds", that is no test, and with fewer there is none.
+- **difference over training**: of the IQM over seeds of the training return's mean over the whole run, ours − SB3's,
+  the seeds of each side resampled by themselves. It says how fast a side learns, and hangs less on the last policy.
 - DQN is Double DQN here, the script's default, and plain DQN in SB3, which has no other.
 - TRPO's trust region and damping are the same on both sides. For an action of A dimensions sb3-contrib takes the KL's
   mean over them where trpo.py takes the KL of the action, so its two numbers are A times smaller ([sb3.py](sb3.py)).
@@ -230,6 +233,22 @@ instead of MKL's. On the AMD processor here they are faster, and not rounded: wi
 `brg_matmul:avx512_core`. The peers were measured as they come.
 
 {table}
+"""
+
+CUDA_THROUGHPUT = """
+### On a GPU
+
+Environment steps per second from `python benchmarks/throughput.py --device cuda`, networks and replay buffer on the
+GPU, environments on the CPU: `--compile`, which there records acting and updates as CUDA graphs (DDPG, TD3, SAC) or the
+gradient alone (the others), over SB3 in the same run. Compilation is not counted; rounded factors (TF32) in the
+products of DDPG, TD3 and SAC on both sides, `--matmul-precision high`.{machines}
+
+{table}
+
+- **LeanRL**: what it publishes for compiled scripts with CUDA graphs on an H100 ([throughput.py](throughput.py),
+  `LEANRL`: constants), on HalfCheetah-v4 and Breakout, with another machine around the GPU. With networks this small
+  the processor bounds more than the GPU does, so these ratios are for orientation.
+- Not measured yet: {missing}.
 """
 
 BREAKDOWN = """
@@ -371,6 +390,7 @@ REPRODUCE = """
 ```
 {commands}
 python benchmarks/throughput.py
+python benchmarks/throughput.py --device cuda  # on a GPU
 python benchmarks/breakdown.py
 python benchmarks/growth.py
 python benchmarks/compounding_error.py --workers 2
@@ -431,12 +451,13 @@ def beside(algo: str) -> tuple[str, ...]:
     return BESIDE.get(algo, ("a2c", "ppo"))
 
 
-def comparison(algo: str, env_id: str, steps: int, runs: pd.DataFrame, cells: list[Cell]) -> dict:
+def comparison(algo: str, env_id: str, steps: int, runs: pd.DataFrame, cells: list[Cell], results: Path) -> dict:
     """A row of a suite's table; `cells`: those of this algorithm, environment and number of steps."""
     shown = runs.loc[[astuple(cell) for cell in cells if astuple(cell) in runs.index]]
     pairs = paired([(algo, env_id, steps)], shown)
     shown = of_seeds(shown, pairs[0][1]) if pairs else shown
     x, y = (returns_of(shown, impl, algo, env_id, steps) for impl in LABELS)
+    courses = [training_means(impl, algo, env_id, steps, shown, results) for impl in LABELS] if pairs else []
     found, wanted = max(len(x), len(y)), len({cell.seed for cell in cells})
     sb3 = estimate(iqm, y)
     if algo not in MODELS:
@@ -454,6 +475,7 @@ def comparison(algo: str, env_id: str, steps: int, runs: pd.DataFrame, cells: li
         "difference": estimate(iqm_difference, x, y, paired=True) if pairs else "—",
         "P(ours > SB3)": estimate(probability_of_improvement, x, y, paired=True) if pairs else "—",
         "verdict": verdict(x, y) if pairs else "—",
+        "difference over training": estimate(iqm_difference, *courses) if pairs else "—",
         "worst seed": " / ".join(number(z.min(), digits_of(z.min())) for z in (x, y) if len(z)),
         "published": PUBLISHED.get((algo, env_id), "—"),
     }
@@ -507,11 +529,13 @@ def run_table(runs: pd.DataFrame) -> str:
     )
 
 
-def speed_dagger(measurements: pd.DataFrame, work: str, settings: tuple[str, ...] = (*OUR_SETTINGS, "sb3")) -> str:
+def speed_dagger(
+    measurements: pd.DataFrame, work: str, settings: tuple[str, ...] = (*OUR_SETTINGS, "sb3"), works=WORKS
+) -> str:
     """ " †" where one of a work's settings was measured with other code or other flags."""
     rows = measurements[(measurements["work"] == work) & measurements["setting"].isin(settings)]
-    known = work in WORKS and all(
-        row.code_sha256 == source_sha256(*code_of(WORKS[work], row.setting)) and row.flags == WORKS[work].flags
+    known = work in works and all(
+        row.code_sha256 == source_sha256(*code_of(works[work], row.setting)) and row.flags == works[work].flags
         for row in rows.itertuples()
     )
     return "" if known else " †"
@@ -625,6 +649,33 @@ def throughput_section(measurements: pd.DataFrame) -> str:
             table=model_based_table(rows),
         )
     return section
+
+
+def cuda_section(results: Path) -> str:
+    """The section on throughput_cuda.csv, "" without it."""
+    path = results / "throughput_cuda.csv"
+    if not path.exists():
+        return ""
+    measurements, rows = pd.read_csv(path), []
+    table = summary(measurements)
+    works = [work for work in CUDA_WORKS if work in table.index]
+    for work in works:
+        speed = table.loc[work, "steps/s"]
+        rounds, over = table.loc[(work, "compile"), ["rounds", "median"]]
+        lean = LEANRL.get(work, np.nan)
+        rows.append(
+            {
+                "work": work + speed_dagger(measurements, work, works=CUDA_WORKS),
+                "rounds": int(rounds),
+                "SB3, steps/s": number(speed["sb3"], 0),
+                "compile, steps/s": number(speed["compile"], 0),
+                "compile over SB3": ratio(table.loc[(work, "compile")]) if rounds > 1 else number(over, 2),
+                "LeanRL, steps/s": number(lean, 0) if lean > 0 else "—",
+                "compile over LeanRL": number(speed["compile"] / lean, 2) if lean > 0 else "—",
+            }
+        )
+    missing = ", ".join(work for work in CUDA_WORKS if work not in works) or "nothing"
+    return CUDA_THROUGHPUT.format(table=markdown(rows), machines=machines(measurements), missing=missing)
 
 
 def breakdown(results: Path) -> str:
@@ -1033,7 +1084,7 @@ def main() -> None:
         page += SUITE.format(
             suite=suite,
             coverage=coverage(cells, recorded),
-            table=markdown([comparison(*key, runs, group) for key, group in groups.items()]),
+            table=markdown([comparison(*key, runs, group, args.results) for key, group in groups.items()]),
             remarks="".join(f"- {algo}: {text}\n" for (of, algo), text in REMARKS.items() if of == suite)
             + (start_states(runs) if suite == "classic" else "")
             + "\n",
@@ -1049,7 +1100,8 @@ def main() -> None:
     if throughput.exists():
         order = {name: i for i, name in enumerate(WORKS)}
         speeds = pd.read_csv(throughput).sort_values("work", key=lambda names: names.map(order), kind="stable")
-        page += throughput_section(speeds) + breakdown(args.results) + growth(args.results)
+        page += throughput_section(speeds) + cuda_section(args.results)
+        page += breakdown(args.results) + growth(args.results)
         put_into(args.results.parent.parent / "README.md", headline(runs, speeds))
     commands = "\n".join(f"python benchmarks/run.py {suite} --workers 2" for suite in suites)
     page += REPRODUCE.format(commands=commands, example=Cell(*runs.index[0]).name)

@@ -515,22 +515,44 @@ def test_steps_to_reach_is_the_end_of_the_first_bin_that_does():
 
 
 def test_a_row_compares_the_seeds_that_both_sides_have(measured):
-    runs, _ = measured
+    runs, results = measured
     cells = [run.Cell(impl, "a2c", "CartPole-v1", seed, 100_000) for seed in (1, 2, 3, 4) for impl in ("ours", "sb3")]
-    row = report.comparison("a2c", "CartPole-v1", 100_000, runs.drop(index=astuple(cells[0])), cells)
+    row = report.comparison("a2c", "CartPole-v1", 100_000, runs.drop(index=astuple(cells[0])), cells, results)
     assert row["seeds"] == "2/4" and row["ours"].startswith("202.5") and row["SB3"].startswith("302.5")
     assert row["difference"] == "−100.0 [−100.0, −100.0]" and row["verdict"] == "too few seeds"
-    assert report.comparison("a2c", "CartPole-v1", 100_000, runs, cells)["verdict"] == "SB3 better, few seeds"
-    row = report.comparison("a2c", "CartPole-v1", 100_000, runs.drop(index=list(map(astuple, cells[:6:2]))), cells)
+    assert report.comparison("a2c", "CartPole-v1", 100_000, runs, cells, results)["verdict"] == "SB3 better, few seeds"
+    row = report.comparison(
+        "a2c", "CartPole-v1", 100_000, runs.drop(index=list(map(astuple, cells[:6:2]))), cells, results
+    )
     assert (row["seeds"], row["ours"], row["difference"]) == ("3/4", "—", "—") and row["SB3"].startswith("302.0")
-    assert row["worst seed"] == "301.0"
+    assert row["worst seed"] == "301.0" and row["difference over training"] == "—"
 
 
 def test_a_failed_seed_is_shown_beside_the_iqm_that_leaves_it_out(measured):
-    runs, _ = measured
+    runs, results = measured
     cells = [run.Cell(impl, "a2c", "CartPole-v1", seed, 100_000) for seed in (1, 2, 3) for impl in ("ours", "sb3")]
     runs.loc[astuple(cells[2]), "eval_mean"] = 9.0
-    assert report.comparison("a2c", "CartPole-v1", 100_000, runs, cells)["worst seed"] == "9.00 / 301.0"
+    assert report.comparison("a2c", "CartPole-v1", 100_000, runs, cells, results)["worst seed"] == "9.00 / 301.0"
+
+
+def test_the_difference_over_training_is_of_the_whole_curve(tmp_path):
+    """The same evaluations; ours learns in the first half of the run, SB3 in the second; the first end is at 10 %."""
+    (tmp_path / "episodes").mkdir()
+    rows, cells = [], []
+    for seed in (1, 2, 3):
+        for impl, returns in (("ours", [0, 0, 100, 100, 100]), ("sb3", [0, 0, 0, 0, 100])):
+            cells.append(run.Cell(impl, "a2c", "CartPole-v1", seed, 1000))
+            rows.append(
+                dict(zip(run.KEY, astuple(cells[-1]))) | dict(eval_mean=100.0, code_sha256="older", versions="torch=2")
+            )
+            ends = pd.DataFrame({"r": np.repeat(returns, 2) + seed, "l": [120] + 9 * [97], "t": 1.0})
+            ends.to_csv(tmp_path / "episodes" / f"{cells[-1].name}.csv.gz")
+    pd.DataFrame(rows).to_csv(tmp_path / "runs.csv", index=False)
+    row = report.comparison("a2c", "CartPole-v1", 1000, run.read_runs(tmp_path), cells, tmp_path)
+    assert row["difference"] == "0.00 [0.00, 0.00]"
+    # Ends at steps 120, 217, 314, …, in the fiftieths 6, 10, 15, 20, 25, …, 44, 49: ours is at 100 in 25, SB3 in 6.
+    middle, *ends = row["difference over training"].replace("[", "").replace("]", "").replace(",", "").split()
+    assert float(middle) == pytest.approx(38) and 36 < float(ends[0]) < 38 < float(ends[1]) < 40
 
 
 def test_what_a_suite_still_lacks_is_said():
@@ -651,12 +673,12 @@ def test_sample_efficiency_counts_the_steps_to_a2cs_final_return(measured):
 
 
 def test_an_algorithm_without_counterpart_stands_beside_sb3s_a2c_and_ppo(measured):
-    runs, _ = measured
+    runs, results = measured
     cells = [run.Cell("ours", "kfac", "CartPole-v1", seed, 100_000) for seed in (1, 2, 3, 4)]
-    row = report.comparison("kfac", "CartPole-v1", 100_000, runs, cells)
+    row = report.comparison("kfac", "CartPole-v1", 100_000, runs, cells, results)
     assert row["ours"].startswith("102.0 [") and row["seeds"] == "3/4"
     assert row["SB3"].startswith("A2C 302.0 [") and row["SB3"].endswith("(3)") and "PPO" not in row["SB3"]
-    assert (row["difference"], row["verdict"]) == ("—", "—")
+    assert (row["difference"], row["difference over training"]) == ("—", "—")
 
 
 def test_the_pages_are_what_report_py_makes_of_the_measurements(tmp_path, monkeypatch):

@@ -202,3 +202,37 @@ def test_rounds_that_have_ended_are_kept(monkeypatch, tmp_path):
     assert kept["steps_per_second"].tolist() == [7, 10, 20, 30, 40, 50] and kept["round"].tolist() == [1] * 6
     assert set(kept["flags"][1:]) == {throughput.WORKS["ppo CartPole"].flags}
     assert set(kept["machine"][1:]) == {throughput.machine()} and throughput.machine().endswith(" cores")
+
+
+def test_the_gpus_section(tmp_path):
+    """12 times SB3 and 1.5 times LeanRL; what is not measured yet is named; older code and other flags are marked."""
+    assert report.cuda_section(tmp_path) == ""
+    work = "td3 HalfCheetah"
+    codes = [report.source_sha256(impl, "td3") for impl in ("ours", "sb3")]
+    rows = [(work, "compile", 1, 1404.0, codes[0]), (work, "sb3", 1, 117.0, codes[1])]
+    rows = pd.DataFrame(rows, columns=["work", "setting", "round", "steps_per_second", "code_sha256"])
+    rows = rows.assign(flags=throughput.CUDA_WORKS[work].flags, machine="a GPU, 16 cores")
+    rows.to_csv(tmp_path / "throughput_cuda.csv", index=False)
+    section = report.cuda_section(tmp_path)
+    assert f"| {work} | 1 | 117 | 1404 | 12.00 | 936 | 1.50 |" in section
+    assert "a GPU, 16 cores" in section and "ppo_atari Pong" in section.split("Not measured yet:")[1]
+    for changed in (dict(code_sha256="older"), dict(flags="others")):
+        rows.assign(**changed).to_csv(tmp_path / "throughput_cuda.csv", index=False)
+        assert f"| {work} † |" in report.cuda_section(tmp_path)
+
+
+def test_sb3_is_measured_on_the_device_asked_for(monkeypatch, tmp_path):
+    """sb3.py's own runs stay on the CPU; where there is no GPU, "meta" is a device that is not the CPU either."""
+    flags = "--env-id Pendulum-v1 --hidden-sizes 8"
+    args = throughput.arguments(throughput.Work("td3", flags, 0, 100), "sb3", str(tmp_path))
+    env = throughput.maker_of("td3")(args, 1)
+    with throughput.sb3_models_on("meta"):
+        assert throughput.MODELS["td3"](args, env).device.type == "meta"
+    assert throughput.MODELS["td3"](args, env).device.type == "cpu"
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="--device cuda: PyTorch .* finds none here"):
+        throughput.main()
