@@ -78,8 +78,8 @@ class Args:
     torch_threads: int = 1
     """CPU threads for PyTorch; two are faster than one for layers of 256, if there are cores to spare"""
     compile: bool = False
-    """compile the gradient with torch.compile: pays in runs of several minutes; on a GPU acting and updates are recorded
-    as CUDA graphs, too, and runs are many times faster"""
+    """compile the gradient with torch.compile: pays in runs of several minutes; on a GPU, where runs become many times
+    faster, acting and updates are recorded as CUDA graphs, too"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of float32 products, see torch.set_float32_matmul_precision: below highest a GPU may round to TF32, with medium a
     CPU to bfloat16; medium also takes oneDNN's in place of MKL's: benchmarks/README.md has where that is faster"""

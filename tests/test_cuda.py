@@ -1,10 +1,12 @@
-"""On a GPU, where there is one: what --compile records as CUDA graphs computes what the same code does without."""
+"""What --compile records as CUDA graphs computes what the same code does without: on a GPU, where there is one."""
 
+import contextlib
 import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ FLAGS = {
     "sac, as REDQ": "--num-critics 4 --critic-subset 2 --gradient-steps 2 --policy-delay 2",
 }
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def output(algo: str, flags: str) -> tuple[Path, str]:
@@ -36,6 +38,32 @@ def checkpoint(run_dir: Path) -> dict:
     return torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
 
 
+@pytest.mark.parametrize("algo", ["ddpg", "td3", "sac"])
+def test_inputs_are_copied_to_where_the_recording_had_its_own(monkeypatch, algo):
+    """Without a GPU: a graph whose replay is the function of what lies in memory then, written over its results."""
+    graph, replays = importlib.import_module(algo).CudaGraph, []
+
+    class Memory:
+        def replay(self):
+            replays.append([x.data_ptr() for x in recorded.inputs if x is not None])
+            for own, new in zip(recorded.outputs, recorded.function(*recorded.inputs)):
+                own.copy_(new)
+
+    nothing = contextlib.nullcontext
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = dict(CUDAGraph=Memory, graph=lambda graph: nothing(), Stream=lambda: stream, stream=lambda x: nothing())
+    for name, fake in (fakes | dict(current_stream=lambda: stream)).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    recorded = graph(lambda x, none, y: (x + y, x * y))
+    shared, results = torch.zeros(2), []
+    for i in range(7):
+        shared.fill_(i)
+        results.append([x.clone() for x in recorded(torch.full((2,), 10.0 * i), None, shared)])
+    assert [[x[0].item() for x in pair] for pair in results] == [[11 * i, 10 * i * i] for i in range(7)]
+    assert len(replays) == 4 and all(x == replays[0] for x in replays) and replays[0][1] == shared.data_ptr()
+
+
+@needs_gpu
 def test_a_recorded_function_is_the_function():
     """It writes to memory of its own, draws random numbers and takes new inputs, also those that another one made."""
     results = []
@@ -55,6 +83,7 @@ def test_a_recorded_function_is_the_function():
         assert all(a.equal(b) for a, b in zip(eager, replayed))
 
 
+@needs_gpu
 @pytest.mark.parametrize("name", FLAGS)
 def test_compile_changes_no_result(name):
     algo = name.split(",")[0]
@@ -73,6 +102,7 @@ def test_compile_changes_no_result(name):
     assert torch.equal(a["rng"]["cuda"][0], b["rng"]["cuda"][0])
 
 
+@needs_gpu
 def test_a_run_with_graphs_goes_on():
     """What is loaded lies where the next recording finds it; the arguments are the run's own."""
     run_dir = run("sac", "--total-timesteps 250 --learning-starts 200 --compile")
@@ -85,6 +115,7 @@ def test_a_run_with_graphs_goes_on():
     assert all(x.isfinite().all() for x in after["agent"].values())
 
 
+@needs_gpu
 @pytest.mark.parametrize("flag", ["", "--compile"])
 def test_no_warning(flag):
     assert "Warning" not in output("td3", f"--total-timesteps 250 --learning-starts 200 {flag}")[1]
