@@ -315,7 +315,7 @@ HEADLINE = """\
 IQM of the evaluation return, ours / SB3's, with the same hyperparameters, number of steps and {seeds} seeds, or as
 many as a cell says (of 3, the mean); training steps per second over SB3's in the same run on a CPU, eager / with
 `--compile`, the compilation itself not counted. † The code has changed since. Intervals, learning curves and commands:
-[benchmarks](benchmarks/README.md).
+[benchmarks](benchmarks/README.md).{gpu}
 
 ![{suite}: profile, returns over steps and over time](benchmarks/plots/{suite}_all.png)
 <!-- end of headline -->"""
@@ -651,13 +651,9 @@ def throughput_section(measurements: pd.DataFrame) -> str:
     return section
 
 
-def cuda_section(results: Path) -> str:
-    """The section on throughput_cuda.csv, "" without it."""
-    path = results / "throughput_cuda.csv"
-    if not path.exists():
-        return ""
-    measurements, rows = pd.read_csv(path), []
-    table = summary(measurements)
+def cuda_section(measurements: pd.DataFrame) -> str:
+    """The table of what has been measured on a GPU."""
+    rows, table = [], summary(measurements)
     works = [work for work in CUDA_WORKS if work in table.index]
     for work in works:
         speed = table.loc[work, "steps/s"]
@@ -837,8 +833,17 @@ def aggregate_section(suite: str, groups: list[tuple[str, str, int]], runs: pd.D
     )
 
 
-def headline(runs: pd.DataFrame, measurements: pd.DataFrame) -> str:
-    """README.md's table and figure."""
+def cuda_speeds(measurements: pd.DataFrame) -> str:
+    """A sentence on the GPU's ratios to SB3."""
+    over = summary(measurements)["median"].unstack("setting")["compile"]
+    works = [
+        f"{work} {number(over[work], 1)}" + speed_dagger(measurements, work, works=CUDA_WORKS) for work in over.index
+    ]
+    return f" On [a GPU](benchmarks/README.md#on-a-gpu) with `--compile`, over SB3 there: {', '.join(works)} ×."
+
+
+def headline(runs: pd.DataFrame, measurements: pd.DataFrame, cuda: pd.DataFrame | None = None) -> str:
+    """README.md's table and figure; `measurements` of speed on the CPU, `cuda` on a GPU."""
     groups = [
         (cell.algo, cell.env_id, cell.total_timesteps)
         for suite in HEADLINE_SUITES
@@ -864,7 +869,8 @@ def headline(runs: pd.DataFrame, measurements: pd.DataFrame) -> str:
             for work in works
         )
         row["training steps per second"] = speed or "–"
-    return HEADLINE.format(table=markdown(list(rows.values())), suite=HEADLINE_SUITES[0], seeds=usual)
+    gpu = "" if cuda is None else cuda_speeds(cuda)
+    return HEADLINE.format(table=markdown(list(rows.values())), suite=HEADLINE_SUITES[0], seeds=usual, gpu=gpu)
 
 
 def put_into(readme: Path, text: str) -> None:
@@ -1100,9 +1106,11 @@ def main() -> None:
     if throughput.exists():
         order = {name: i for i, name in enumerate(WORKS)}
         speeds = pd.read_csv(throughput).sort_values("work", key=lambda names: names.map(order), kind="stable")
-        page += throughput_section(speeds) + cuda_section(args.results)
+        path = args.results / "throughput_cuda.csv"
+        cuda = pd.read_csv(path) if path.exists() else None
+        page += throughput_section(speeds) + ("" if cuda is None else cuda_section(cuda))
         page += breakdown(args.results) + growth(args.results)
-        put_into(args.results.parent.parent / "README.md", headline(runs, speeds))
+        put_into(args.results.parent.parent / "README.md", headline(runs, speeds, cuda))
     commands = "\n".join(f"python benchmarks/run.py {suite} --workers 2" for suite in suites)
     page += REPRODUCE.format(commands=commands, example=Cell(*runs.index[0]).name)
     (args.results.parent / "README.md").write_text(page)

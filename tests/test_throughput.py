@@ -204,21 +204,22 @@ def test_rounds_that_have_ended_are_kept(monkeypatch, tmp_path):
     assert set(kept["machine"][1:]) == {throughput.machine()} and throughput.machine().endswith(" cores")
 
 
-def test_the_gpus_section(tmp_path):
+def test_the_gpus_section():
     """12 times SB3 and 1.5 times LeanRL; what is not measured yet is named; older code and other flags are marked."""
-    assert report.cuda_section(tmp_path) == ""
     work = "td3 HalfCheetah"
     codes = [report.source_sha256(impl, "td3") for impl in ("ours", "sb3")]
     rows = [(work, "compile", 1, 1404.0, codes[0]), (work, "sb3", 1, 117.0, codes[1])]
     rows = pd.DataFrame(rows, columns=["work", "setting", "round", "steps_per_second", "code_sha256"])
     rows = rows.assign(flags=throughput.CUDA_WORKS[work].flags, machine="a GPU, 16 cores")
-    rows.to_csv(tmp_path / "throughput_cuda.csv", index=False)
-    section = report.cuda_section(tmp_path)
+    section = report.cuda_section(rows)
     assert f"| {work} | 1 | 117 | 1404 | 12.00 | 936 | 1.50 |" in section
     assert "a GPU, 16 cores" in section and "ppo_atari Pong" in section.split("Not measured yet:")[1]
+    assert f"over SB3 there: {work} 12.0 ×." in report.cuda_speeds(rows)
     for changed in (dict(code_sha256="older"), dict(flags="others")):
-        rows.assign(**changed).to_csv(tmp_path / "throughput_cuda.csv", index=False)
-        assert f"| {work} † |" in report.cuda_section(tmp_path)
+        assert f"| {work} † |" in report.cuda_section(rows.assign(**changed))
+        assert f"{work} 12.0 † ×." in report.cuda_speeds(rows.assign(**changed))
+    second = rows.assign(round=2, steps_per_second=[1000.0, 100.0])
+    assert "| 11.00 [10.00, 12.00] |" in report.cuda_section(pd.concat([rows, second]))
 
 
 def test_sb3_is_measured_on_the_device_asked_for(monkeypatch, tmp_path):
