@@ -70,8 +70,8 @@ class Args:
     torch_threads: int = 1
     """CPU threads for PyTorch; two are faster than one for layers of 256, if there are cores to spare"""
     compile: bool = False
-    """compile the gradient with torch.compile: pays in runs of several minutes; on a GPU, where runs become many times
-    faster, acting and updates are recorded as CUDA graphs, too"""
+    """compile the gradient with torch.compile: pays in runs of several minutes; on a GPU acting and updates become
+    CUDA graphs, too, unless torchrun runs several processes"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of float32 products, see torch.set_float32_matmul_precision: below highest a GPU may round to TF32, with medium a
     CPU to bfloat16; medium also takes oneDNN's in place of MKL's: benchmarks/README.md has where that is faster"""
@@ -594,9 +594,11 @@ def fused(function: Callable) -> Callable:
 class CudaGraph:
     """A function of tensors as one CUDA graph: all its kernels for the price of one launch.
 
-    The first three calls run it; the fourth records it, with its own inputs as the places that later calls copy theirs
-    to. Results hold until the next call. What else it reads and writes (weights, optimisers, the replay buffer) has to
-    stay where it is in memory, and numbers are those of the recording; random draws go on as without a graph.
+    The first three calls run it, the fourth records it and later ones replay that: Python in it no longer runs, and a
+    number in it (a learning rate, τ, the buffer's size) stays what it was. What is to change has to be an input or a
+    tensor that is filled in place; what it works on (weights, optimisers, the buffer) is never to be replaced.
+    Inputs have the same shapes in every call; the fourth call's are kept, and later ones written over them. Results
+    hold until the next call: clone what you keep. Random draws go on as without a graph.
     """
 
     def __init__(self, function: Callable):

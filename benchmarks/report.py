@@ -238,16 +238,18 @@ instead of MKL's. On the AMD processor here they are faster, and not rounded: wi
 CUDA_THROUGHPUT = """
 ### On a GPU
 
-Environment steps per second from `python benchmarks/throughput.py --device cuda`, networks and replay buffer on the
-GPU, environments on the CPU: `--compile`, which there records acting and updates as CUDA graphs (DDPG, TD3, SAC) or the
-gradient alone (the others), over SB3 in the same run. Compilation is not counted; rounded factors (TF32) in the
-products of DDPG, TD3 and SAC on both sides, `--matmul-precision high`.{machines}
+Environment steps per second from `python benchmarks/throughput.py --device cuda`, the networks of both sides and our
+replay buffer on the GPU, the environments on the CPU: `--compile`, which there records acting and updates as CUDA
+graphs (DDPG, TD3, SAC) or the gradient alone (the others), over SB3 in the same run. Compilation is not counted; DDPG,
+TD3 and SAC take rounded factors (TF32) in their products on both sides, `--matmul-precision high`. A measurement is
+a few seconds long. † Measured with older code or other flags.{machines}
 
 {table}
 
 - **LeanRL**: what it publishes for compiled scripts with CUDA graphs on an H100 ([throughput.py](throughput.py),
-  `LEANRL`: constants), on HalfCheetah-v4 and Breakout, with another machine around the GPU. With networks this small
-  the processor bounds more than the GPU does, so these ratios are for orientation.
+  `LEANRL`: constants), on HalfCheetah-v4 and Breakout. With networks this small the processor and the environments
+  bound more than the GPU does, and theirs were others: these ratios are for orientation.
+- SB3 itself advises the CPU for PPO with such a network.
 - Not measured yet: {missing}.
 """
 

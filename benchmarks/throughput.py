@@ -8,12 +8,12 @@ The settings alternate within a round, so that what else the machine does falls 
 taken over SB3 of the same round. Each measurement is a process of its own, on the CPU, with one PyTorch thread or as
 many as the work's flags ask for: it trains for the work's steps and takes the time between two boundaries of training
 iterations, the first of them after warm-up and compilation. With --device cuda the networks, here and in SB3, are on
-the GPU, and the environments on the CPU. Beside these, on the CPU, what any implementation has to do: the
+the GPU, and the environments on the CPU. Beside these, for the CPU, what any implementation has to do: the
 steps per second of the environments alone, with random actions, and of training's matrix products alone at the rate
 that this machine reaches for 256 × 256; one after the other they are the floor. DDPG, TD3 and SAC, with their large
-products, are measured with --matmul-precision medium too, and so is SB3, with the same call; the floor is then at the
-rate that this gives. MBPO, which SB3 does not have, is held against sac.py with the same flags: as it is, and without
-the time that its model takes, which leaves the updates.
+products, are measured there with --matmul-precision medium too, and so is SB3, with the same call; the floor is then
+at the rate that this gives. MBPO, which SB3 does not have, is held against sac.py with the same flags: as it is, and
+without the time that its model takes, which leaves the updates.
 Writes benchmarks/results/throughput.csv, or throughput_cuda.csv, and prints the ratios.
 """
 
@@ -61,7 +61,7 @@ class Work(NamedTuple):
     warmup_steps: int
     """environment steps before the measurement: compilation and first iterations"""
     steps: int
-    """environment steps measured, 10 to 20 seconds of them"""
+    """environment steps measured: 10 to 20 seconds of them on the CPU, some on a GPU"""
     settings: tuple[str, ...] = SETTINGS
     device: str = "cpu"
     """where the networks are"""
