@@ -536,11 +536,15 @@ def test_a_failed_seed_is_shown_beside_the_iqm_that_leaves_it_out(measured):
 
 
 def test_the_difference_over_training_is_of_the_whole_curve(tmp_path):
-    """The same evaluations; ours learns in the first half of the run, SB3 in the second; the first end is at 10 %."""
+    """The same evaluations; ours learns in the first half of the run, SB3 in the second; the first end is at 10 %.
+
+    A seed that ours alone has, of another kind, does not count.
+    """
     (tmp_path / "episodes").mkdir()
     rows, cells = [], []
-    for seed in (1, 2, 3):
-        for impl, returns in (("ours", [0, 0, 100, 100, 100]), ("sb3", [0, 0, 0, 0, 100])):
+    curves = {"ours": [0, 0, 100, 100, 100], "sb3": [0, 0, 0, 0, 100]}
+    for seed in (1, 2, 3, 4):
+        for impl, returns in curves.items() if seed < 4 else [("ours", [1e6] * 5)]:
             cells.append(run.Cell(impl, "a2c", "CartPole-v1", seed, 1000))
             rows.append(
                 dict(zip(run.KEY, astuple(cells[-1]))) | dict(eval_mean=100.0, code_sha256="older", versions="torch=2")

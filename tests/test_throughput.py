@@ -230,6 +230,12 @@ def test_sb3_is_measured_on_the_device_asked_for(monkeypatch, tmp_path):
     with throughput.sb3_models_on("meta"):
         assert throughput.MODELS["td3"](args, env).device.type == "meta"
     assert throughput.MODELS["td3"](args, env).device.type == "cpu"
+    seen, models_on = [], throughput.sb3_models_on
+    monkeypatch.setattr(throughput, "sb3_models_on", lambda device: seen.append(device) or models_on(device))
+    throughput.boundaries_sb3("td3", args)
+    work = throughput.works_on("cuda")["td3 HalfCheetah"]
+    assert seen == ["cpu"] and throughput.works_on("cpu") is throughput.WORKS
+    assert throughput.arguments(work, "compile", str(tmp_path)).device == "cuda"
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
