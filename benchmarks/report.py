@@ -7,6 +7,7 @@ Everything is resampled with a fixed seed. Read the numbers back with pandas, as
 
 import itertools
 import sys
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -209,9 +210,9 @@ THROUGHPUT = """
 Environment steps per second of training on the CPU, same flags and number of PyTorch threads on both sides, from
 `python benchmarks/throughput.py`. The settings alternate and a ratio is taken over SB3 of the same round: above 1
 is faster than SB3; median [least, greatest] over the rounds. Compilation is not counted. † Measured with older code or
-other flags.{machines}
+other flags.
 
-{table}
+{tables}
 
 - **over the best peer**: the faster setting over the fastest of SB3, CleanRL and SBX (JAX), which were measured beside
   SB3 in another run ([throughput.py](throughput.py), `PEERS`: constants, they cannot be measured again from here); its
@@ -229,10 +230,10 @@ MEDIUM_THROUGHPUT = """
 With `--matmul-precision medium`, against SB3 as it comes and, in the last columns, against SB3 after the same call,
 `torch.set_float32_matmul_precision("medium")`, which SB3 leaves to its user. It lets PyTorch round the factors of
 float32 products to bfloat16 where the CPU multiplies those faster (Intel's AMX), and has it take oneDNN's products
-instead of MKL's. On the AMD processor here they are faster, and not rounded: with `ONEDNN_VERBOSE=1` their kernel is
-`brg_matmul:avx512_core`. The peers were measured as they come.
+instead of MKL's. On the AMD processors here they are not rounded (with `ONEDNN_VERBOSE=1` their kernel is
+`brg_matmul:avx512_core`), and whether they are faster hangs on the processor. The peers were measured as they come.
 
-{table}
+{tables}
 """
 
 CUDA_THROUGHPUT = """
@@ -242,7 +243,7 @@ Environment steps per second from `python benchmarks/throughput.py --device cuda
 replay buffer on the GPU, the environments on the CPU: `--compile`, which there records acting and updates as CUDA
 graphs (DDPG, TD3, SAC) or the gradient alone (the others), over SB3 in the same run. Compilation is not counted; DDPG,
 TD3 and SAC take rounded factors (TF32) in their products on both sides, `--matmul-precision high`. A measurement is
-a few seconds long. † Measured with older code or other flags.{machines}
+a few seconds long. † Measured with older code or other flags. Machine: {machines}.
 
 {table}
 
@@ -400,8 +401,9 @@ python benchmarks/steps_to_solve.py --workers 2
 python benchmarks/report.py
 ```
 
-Each leaves alone what `results/` already holds, but for `throughput.py`, which replaces it. To measure everything
-again, give each of them, `report.py` too, `--results NEW/results`: the page is then `NEW/README.md`.
+Each leaves alone what `results/` already holds; `throughput.py` keeps what other machines have measured and adds
+its own. To measure everything again, give each of them, `report.py` too, `--results NEW/results`: the page is then
+`NEW/README.md`.
 `run.py --rerun-changed` measures anew what is marked † or was measured with another version of SB3.
 
 ## Raw data
@@ -617,33 +619,44 @@ def model_based_table(measurements: pd.DataFrame) -> str:
     return markdown(rows)
 
 
+def by_machine(measurements: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The rows of every machine, in the order that they were measured in."""
+    return dict(tuple(measurements.groupby("machine", sort=False)))
+
+
+def newest(measurements: pd.DataFrame) -> pd.DataFrame:
+    """Of every work the rows of the machine that measured it last: the table's last ones."""
+    return measurements[measurements["machine"] == measurements.groupby("work")["machine"].transform("last")]
+
+
+def tables_by_machine(measurements: pd.DataFrame, table: Callable[[pd.DataFrame], str]) -> str:
+    """A table for every machine that has one, below its name."""
+    tables = {name: table(rows) for name, rows in by_machine(measurements).items()}
+    return "\n\n".join(f"{name}:\n\n{x}" for name, x in tables.items() if x)
+
+
 def peers_machine(measurements: pd.DataFrame) -> str:
     """How much slower SB3 was where the peers were measured; "" where nothing of theirs is measured here."""
-    speeds = summary(measurements)["steps/s"].unstack("setting").get("sb3", pd.Series())
-    slower = [speeds[work] / sb3 for work, (_, _, sb3) in PEERS.items() if speeds.get(work, np.nan) > 0]
+    slower = []
+    for rows in by_machine(measurements).values():
+        speeds = summary(rows)["steps/s"].unstack("setting").get("sb3", pd.Series())
+        slower += [speeds[work] / sb3 for work, (_, _, sb3) in PEERS.items() if speeds.get(work, np.nan) > 0]
     if not slower:
         return ""
     return f"SB3 was {number(min(slower), 1)} to {number(max(slower), 1)} times slower there than here. "
 
 
-def machines(measurements: pd.DataFrame) -> str:
-    """Where the works were measured."""
-    names = measurements.get("machine", pd.Series()).dropna().unique()
-    return f" Machine: {'; '.join(names)}." if len(names) else ""
-
-
 def throughput_section(measurements: pd.DataFrame) -> str:
     """The tables of what has been measured."""
     model_based = measurements["work"].map(lambda x: x in WORKS and WORKS[x].settings == MODEL_BASED_SETTINGS)
-    medium = medium_table(measurements)
+    medium = tables_by_machine(measurements, medium_table)
     section = THROUGHPUT.format(
-        table=throughput_table(measurements[~model_based]),
+        tables=tables_by_machine(measurements[~model_based], throughput_table),
         slower=peers_machine(measurements),
-        machines=machines(measurements),
         rate=" (DDPG, TD3, SAC: with `--matmul-precision medium`)" if medium else "",
     )
-    section += MEDIUM_THROUGHPUT.format(table=medium) if medium else ""
-    for work, rows in measurements[model_based].groupby("work"):
+    section += MEDIUM_THROUGHPUT.format(tables=medium) if medium else ""
+    for work, rows in newest(measurements[model_based]).groupby("work"):
         speed = rows.pivot(index="round", columns="setting", values="steps_per_second")
         section += MODEL_BASED_THROUGHPUT.format(
             flags=f"`{WORKS[work].flags}`",
@@ -655,6 +668,7 @@ def throughput_section(measurements: pd.DataFrame) -> str:
 
 def cuda_section(measurements: pd.DataFrame) -> str:
     """The table of what has been measured on a GPU."""
+    measurements = newest(measurements)
     rows, table = [], summary(measurements)
     works = [work for work in CUDA_WORKS if work in table.index]
     for work in works:
@@ -673,7 +687,8 @@ def cuda_section(measurements: pd.DataFrame) -> str:
             }
         )
     missing = ", ".join(work for work in CUDA_WORKS if work not in works) or "nothing"
-    return CUDA_THROUGHPUT.format(table=markdown(rows), machines=machines(measurements), missing=missing)
+    machines = "; ".join(measurements["machine"].unique())
+    return CUDA_THROUGHPUT.format(table=markdown(rows), machines=machines, missing=missing)
 
 
 def breakdown(results: Path) -> str:
@@ -837,6 +852,7 @@ def aggregate_section(suite: str, groups: list[tuple[str, str, int]], runs: pd.D
 
 def cuda_speeds(measurements: pd.DataFrame) -> str:
     """A sentence on the GPU's ratios to SB3."""
+    measurements = newest(measurements)
     over = summary(measurements)["median"].unstack("setting")["compile"]
     works = [
         f"{work} {number(over[work], 1)}" + speed_dagger(measurements, work, works=CUDA_WORKS) for work in over.index
@@ -855,6 +871,7 @@ def headline(runs: pd.DataFrame, measurements: pd.DataFrame, cuda: pd.DataFrame 
     pairs = [(key, seeds) for key, seeds in paired(list(dict.fromkeys(groups)), runs) if len(seeds) >= 3]
     env_ids = list(dict.fromkeys(env_id for (_, env_id, _), _ in pairs))
     usual = max(len(seeds) for _, seeds in pairs)
+    measurements = newest(measurements)
     speeds = summary(measurements)["median"].unstack("setting").reindex(columns=OUR_SETTINGS)
     rows = {}
     for (algo, env_id, steps), seeds in pairs:
@@ -1107,9 +1124,11 @@ def main() -> None:
     throughput = args.results / "throughput.csv"
     if throughput.exists():
         order = {name: i for i, name in enumerate(WORKS)}
-        speeds = pd.read_csv(throughput).sort_values("work", key=lambda names: names.map(order), kind="stable")
+        speeds = pd.read_csv(throughput, keep_default_na=False).sort_values(
+            "work", key=lambda names: names.map(order), kind="stable"
+        )
         path = args.results / "throughput_cuda.csv"
-        cuda = pd.read_csv(path) if path.exists() else None
+        cuda = pd.read_csv(path, keep_default_na=False) if path.exists() else None
         page += throughput_section(speeds) + ("" if cuda is None else cuda_section(cuda))
         page += breakdown(args.results) + growth(args.results)
         put_into(args.results.parent.parent / "README.md", headline(runs, speeds, cuda))

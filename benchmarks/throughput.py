@@ -14,7 +14,9 @@ that this machine reaches for 256 × 256; one after the other they are the floor
 products, are measured there with --matmul-precision medium too, and so is SB3, with the same call; the floor is then
 at the rate that this gives. MBPO, which SB3 does not have, is held against sac.py with the same flags: as it is, and
 without the time that its model takes, which leaves the updates.
-Writes benchmarks/results/throughput.csv, or throughput_cuda.csv, and prints the ratios.
+Writes benchmarks/results/throughput.csv, or throughput_cuda.csv, after every round of a work, and prints the ratios.
+Rounds that are there, of this machine with today's code and flags, are not measured again: after a kill it goes on,
+and more --rounds add to them. Other machines' stay.
 """
 
 import contextlib
@@ -350,9 +352,13 @@ def measure_in_process(device: str, name: str, setting: str) -> float:
 
 
 def machine(device: str = "cpu") -> str:
-    """The processor's name and the number of cores that this process may use; with CUDA the GPU's name before them."""
+    """The processor's name, its family and model, where Linux has them, since processors of one name may differ by
+    generations, and the number of cores that this process may use; with CUDA the GPU's name before them."""
     try:
-        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
+        about = Path("/proc/cpuinfo").read_text()
+        name = re.search(r"model name\s*:\s*(.+)", about)[1].strip()
+        numbers = [re.search(rf"^{x}\s*:\s*(\d+)", about, re.MULTILINE) for x in ("cpu family", "model")]
+        name += " (family {}, model {})".format(*(x[1] for x in numbers)) if all(numbers) else ""
     except (OSError, TypeError):
         name = platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -393,22 +399,32 @@ def main() -> None:
         sys.exit(f"--rounds {args.rounds}: must be at least 1")
     path = args.results / ("throughput_cuda.csv" if args.device == "cuda" else "throughput.csv")
     args.results.mkdir(parents=True, exist_ok=True)
-    others = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
-    others = others[~others["work"].isin(names)]
-    rows, today = [], datetime.now(timezone.utc).date().isoformat()
+    columns = pd.DataFrame(columns=COLUMNS)
+    measurements = pd.read_csv(path, keep_default_na=False) if path.exists() else columns
+    today, here = datetime.now(timezone.utc).date().isoformat(), machine(args.device)
     bar = tqdm(total=args.rounds * sum(len(works[name].settings) for name in names), unit="run")
     for number in range(1, args.rounds + 1):
         for name in names:
-            for setting in works[name].settings:
+            now = {x: (source_sha256(*code_of(works[name], x)), works[name].flags) for x in works[name].settings}
+            own = measurements[(measurements["work"] == name) & (measurements["machine"] == here)]
+            rounds = {i: dict(zip(x["setting"], zip(x["code_sha256"], x["flags"]))) for i, x in own.groupby("round")}
+            if any(evidence != now for evidence in rounds.values()):
+                measurements, rounds = measurements.drop(own.index), {}
+            if number in rounds:
+                bar.update(len(now))
+                continue
+            rows = []
+            for setting in now:
                 bar.set_description(f"{name}, {setting}")
-                code = source_sha256(*code_of(works[name], setting))
                 speed = round(measure_in_process(args.device, name, setting), 1)
-                rows.append((name, setting, number, speed, today, code, works[name].flags, machine(args.device)))
+                rows.append((name, setting, number, speed, today, *now[setting], here))
                 bar.update()
-        measurements = pd.concat([others, pd.DataFrame(rows, columns=COLUMNS)])
-        measurements.to_csv(path, index=False)  # a round that has ended is kept, whatever comes
+            tables = (measurements, pd.DataFrame(rows, columns=COLUMNS))  # the newest rows come last
+            measurements = pd.concat([x for x in tables if len(x)], ignore_index=True)
+            measurements.to_csv(path, index=False)  # a round that has ended is kept, whatever comes
     bar.close()
-    print(summary(measurements).round(2).round({"steps/s": 0}).to_string())
+    measured = measurements[measurements["work"].isin(names) & (measurements["machine"] == here)]
+    print(summary(measured).round(2).round({"steps/s": 0}).to_string())
 
 
 if __name__ == "__main__":

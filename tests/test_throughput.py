@@ -15,7 +15,7 @@ import torch
 def measured(work, speeds):
     """Rows of throughput.csv, of one round with older code."""
     rows = pd.DataFrame(speeds.items(), columns=["setting", "steps_per_second"])
-    return rows.assign(work=work, round=1, code_sha256="", flags="")
+    return rows.assign(work=work, round=1, code_sha256="", flags="", machine="one, 2 cores")
 
 
 def test_ratios_are_taken_within_a_round():
@@ -155,20 +155,35 @@ def test_the_models_time_is_left_out():
 def test_mbpo_is_held_against_sac():
     rows = [(x, i, y / (i + 1)) for x, y in (("eager", 40.0), ("updates", 76.0), ("sac", 80.0)) for i in range(3)]
     rows = pd.DataFrame(rows, columns=["setting", "round", "steps_per_second"])
-    rows = rows.assign(work="mbpo HalfCheetah", code_sha256="older")
+    rows = rows.assign(work="mbpo HalfCheetah", code_sha256="older", machine="one")
     rows["flags"] = throughput.WORKS["mbpo HalfCheetah"].flags
     section = report.throughput_section(pd.concat([rows, rows.assign(work="ppo CartPole")]))
     assert "(47% of the whole here" in section and "| ours, updates † | 3 | 38 | 0.95 | 0.95 | 0.95 |" in section
     assert section.index("ppo CartPole") < section.index("MBPO against")
-    assert "Machine" not in section and "slower there" not in section
-    sb3 = pd.DataFrame([("ppo CartPole", 8540.0, "one"), ("a2c CartPole", 7080.0, None)]).set_axis(
-        ["work", "steps_per_second", "machine"], axis=1
-    )
-    sb3 = pd.concat([sb3.assign(setting=x) for x in ("sb3", "eager")]).assign(round=1, code_sha256="", flags="")
-    section = report.throughput_section(sb3)
-    assert "SB3 was 1.0 to 2.0 times slower there than here." in section and "other flags. Machine: one." in section
+    assert "slower there" not in section
     work = throughput.WORKS["mbpo HalfCheetah"]
     assert [throughput.code_of(work, x)[1] for x in work.settings] == ["mbpo", "mbpo", "sac"]
+
+
+def test_machines_have_tables_of_their_own():
+    """One is twice as fast as where the peers were measured, at a ratio of 2; the other, measured later, as fast."""
+    rows = [("ppo CartPole", 8540.0, "one"), ("a2c CartPole", 14160.0, "one"), ("a2c CartPole", 7080.0, "other")]
+    rows = pd.DataFrame(rows, columns=["work", "steps_per_second", "machine"]).assign(round=1, code_sha256="", flags="")
+    ours = rows.assign(setting="eager", steps_per_second=rows["steps_per_second"] * [2, 2, 3])
+    measurements = pd.concat([rows.assign(setting="sb3"), ours])
+    section = report.throughput_section(measurements)
+    assert "SB3 was 1.0 to 2.0 times slower there than here." in section
+    one, other = section.split("\nother:\n")
+    assert "\none:\n" in one and "| ppo CartPole | 1 | 8540 | 2.00 [2.00, 2.00] † |" in one
+    assert "| a2c CartPole | 1 | 14160 | 2.00 [" in one and "| a2c CartPole | 1 | 7080 | 3.00 [" in other
+    assert "ppo CartPole" not in other
+    newest = report.newest(measurements)
+    assert [*zip(newest["work"], newest["machine"])] == [("ppo CartPole", "one"), ("a2c CartPole", "other")] * 2
+    medium = [(x, y, 10.0, "one") for x in ("td3 HalfCheetah",) for y in (*throughput.MEDIUM, "eager", "sb3")]
+    medium = pd.DataFrame(medium, columns=["work", "setting", "steps_per_second", "machine"])
+    medium = medium.assign(round=1, code_sha256="", flags="")
+    section = report.throughput_section(pd.concat([measurements, medium]))
+    assert "other:" not in section.split("With `--matmul-precision medium`")[1]
 
 
 def test_mbpos_settings_are_measured(monkeypatch):
@@ -184,24 +199,53 @@ def test_mbpos_settings_are_measured(monkeypatch):
     assert speeds["eager"] < 0.8 * speeds["updates"] and min(speeds.values()) > 0
 
 
-def test_rounds_that_have_ended_are_kept(monkeypatch, tmp_path):
-    """The second one fails; what was measured of other works stays."""
-    calls = []
+def test_measuring_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    """Rounds that are there are not measured again, and neither another work's nor another machine's are touched."""
+    calls, limit, flags = [], 7, throughput.WORKS["ppo CartPole"].flags
 
     def measure(device, name, setting):
         calls.append(setting)
-        return 10.0 * len(calls) if len(calls) < 7 else sys.exit("ppo CartPole, eager: no more")
+        return 10.0 * len(calls) if len(calls) < limit else sys.exit("ppo CartPole, eager: no more")
+
+    def rounds(count):
+        monkeypatch.setattr("sys.argv", ["", "--only", "ppo CartPole", "--rounds", count, "--results", str(tmp_path)])
+        throughput.main()
+        return pd.read_csv(tmp_path / "throughput.csv", keep_default_na=False)
 
     monkeypatch.setattr(throughput, "measure_in_process", measure)
-    older = pd.DataFrame([("a2c CartPole", "eager", 1, 7.0, "", "", "", "")], columns=throughput.COLUMNS)
-    older.to_csv(tmp_path / "throughput.csv", index=False)
-    monkeypatch.setattr("sys.argv", ["", "--only", "ppo CartPole", "--rounds", "2", "--results", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        throughput.main()
-    kept = pd.read_csv(tmp_path / "throughput.csv")
-    assert kept["steps_per_second"].tolist() == [7, 10, 20, 30, 40, 50] and kept["round"].tolist() == [1] * 6
-    assert set(kept["flags"][1:]) == {throughput.WORKS["ppo CartPole"].flags}
-    assert set(kept["machine"][1:]) == {throughput.machine()} and throughput.machine().endswith(" cores")
+    here, settings = throughput.machine(), list(throughput.SETTINGS)
+    others = [
+        ("a2c CartPole", "eager", 1, 7.0, "", "", "", here),
+        ("ppo CartPole", "eager", 1, 8.0, "", "", "", "other"),
+    ]
+    others = pd.DataFrame(others, columns=throughput.COLUMNS)
+    stale = others.assign(work="ppo CartPole", machine=here, round=[1, 2], steps_per_second=9.0)
+    pd.concat([others, stale]).to_csv(tmp_path / "throughput.csv", index=False)
+    with pytest.raises(SystemExit, match="no more"):
+        rounds("2")  # stops in the second round
+    limit = 99
+    kept = rounds("2")
+    assert calls == settings + settings[:2] + settings
+    assert kept["steps_per_second"].tolist() == [7, 8, 10, 20, 30, 40, 50, 80, 90, 100, 110, 120]
+    assert kept["round"].tolist() == [1, 1] + [1] * 5 + [2] * 5
+    assert set(kept["flags"][2:]) == {flags} and kept["machine"].tolist() == [here, "other"] + [here] * 10
+    assert len(rounds("3")) == 17 and calls[12:] == settings
+    for column, value in (("code_sha256", "older"), ("flags", "others")):
+        changed = rounds("3")
+        changed.loc[changed["setting"].eq("sb3") & changed["round"].eq(3), column] = value
+        changed.to_csv(tmp_path / "throughput.csv", index=False)
+        assert len(rounds("1")) == 7  # ratios hold within a code: what older code has measured goes
+        rounds("3")
+    assert len(calls) == 17 + 2 * 15
+
+
+def test_a_machine_is_named_with_its_generation(monkeypatch):
+    about = "vendor_id : AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+    monkeypatch.setattr(throughput.Path, "read_text", lambda _: about)
+    monkeypatch.setattr(throughput.os, "sched_getaffinity", lambda _: {0, 1, 5}, raising=False)
+    assert throughput.machine() == "AMD EPYC (family 25, model 17), 3 cores"
+    monkeypatch.setattr(throughput.Path, "read_text", lambda _: "model name : Some ARM\n")
+    assert throughput.machine() == "Some ARM, 3 cores"
 
 
 def test_the_gpus_section():
