@@ -589,7 +589,7 @@ def test_start_states_are_what_seeds_differ_by():
 def test_the_headline_shows_what_is_slower_too(measured):
     runs, _ = measured
     speeds = [("a2c CartPole", setting, i, x) for i in (1, 2) for setting, x in (("eager", 50.0), ("sb3", 100.0))]
-    speeds = pd.DataFrame(speeds, columns=["work", "setting", "round", "steps_per_second"])
+    speeds = pd.DataFrame(speeds, columns=["work", "setting", "round", "steps_per_second"]).assign(machine="one")
     text = report.headline(runs, speeds.assign(code_sha256="older", flags=""))
     assert "| [a2c](algos/a2c.py) | 202.0 / 302.0 † | 0.5 × on CartPole † |" in text and "and 3 seeds" in text
     now = speeds.assign(flags=report.WORKS["a2c CartPole"].flags)
@@ -597,6 +597,8 @@ def test_the_headline_shows_what_is_slower_too(measured):
     assert "| 0.5 × on CartPole |" in report.headline(runs, now)
     compiled = now[now["setting"] == "eager"].assign(setting="compile", steps_per_second=200.0)
     assert "| 0.5 / 2.0 × on CartPole |" in report.headline(runs, pd.concat([now, compiled]))
+    slower = now.assign(machine="other", steps_per_second=now["steps_per_second"] * ([1, 5] * 2))
+    assert "| 0.1 × on CartPole |" in report.headline(runs, pd.concat([now, slower]))  # the machine measured last
     now.loc[now["setting"] == "sb3", "code_sha256"] = "older"
     assert "| 0.5 × on CartPole † |" in report.headline(runs, now)
 
@@ -606,7 +608,8 @@ def test_the_headline_says_where_there_are_fewer_seeds(measured, monkeypatch):
     more = runs.reset_index().assign(total_timesteps=100_000, env_id="Acrobot-v1")
     more = pd.concat([more, more.assign(seed=more["seed"] + 3)]).set_index(run.KEY)
     speeds = pd.DataFrame([("a2c CartPole", "eager", 1, 1.0), ("a2c CartPole", "sb3", 1, 1.0)])
-    speeds = speeds.set_axis(["work", "setting", "round", "steps_per_second"], axis=1).assign(code_sha256="", flags="")
+    speeds = speeds.set_axis(["work", "setting", "round", "steps_per_second"], axis=1)
+    speeds = speeds.assign(code_sha256="", flags="", machine="one")
     text = report.headline(pd.concat([runs, more]).sort_index(), speeds)
     assert "| 202.0 / 302.0 (3 seeds) † | 202.0 / 302.0 † |" in text and "and 6 seeds" in text
 
