@@ -154,13 +154,14 @@ episodes.
 - **difference**: IQM of ours − IQM of Stable-Baselines3 (SB3). Where both sides are run, all of a row is over the
   seeds that both have.
 - **P(ours > SB3)**: share of pairs (a seed of ours, a seed of SB3) in which ours is better; a tie counts half.
-- Intervals are percentile bootstraps, 10 000 resamples of the seeds. With only 3 seeds they are too narrow: read them
-  as a spread, not as a test.
+- Intervals are percentile bootstraps, 10 000 resamples of the seeds. With few seeds they are too narrow: read those of
+  3 as a spread, not as a test, and those of 5 with care.
 - With the same seed both sides are evaluated from the same 10 start states, so what compares them resamples their
   seeds together. Neighbouring seeds have 9 of them in common: where start states decide much of the return, as on
   Pendulum, the seeds of one side are alike, and its own interval is narrower than that of seeds further apart.
 - **verdict**: whether the interval of the difference reaches 0, which does not show that the two sides are equal, or
-  which side is better; with 3 or 4 seeds, "few seeds", that is no test, and with fewer there is none.
+  which side is better; with 3 or 4 seeds, "few seeds", that is no test, and with fewer there is none. Between equal
+  sides one interval in twenty would not reach 0, and with 5 seeds more: of so many pairs a few will not.
 - **difference over training**: of the IQM over seeds of the training return's mean over the whole run, ours − SB3's,
   the seeds of each side resampled by themselves. It says how fast a side learns, and hangs less on the last policy.
 - DQN is Double DQN here, the script's default, and plain DQN in SB3, which has no other.
@@ -234,6 +235,20 @@ instead of MKL's. On the AMD processors here they are not rounded (with `ONEDNN_
 `brg_matmul:avx512_core`), and whether they are faster hangs on the processor. The peers were measured as they come.
 
 {tables}
+"""
+
+TRIED = """
+### Tried, and not kept
+
+What was tried on the works that are least ahead of SB3 and their peers, and left out, since it gains less than the
+noise, or too little for what it costs a reader. Timed by hand, at most four runs a side, at different times
+([tried.csv](results/tried.csv)): compare within a row alone. DQN with one PyTorch thread, the others with two.
+
+{table}
+
+Without a difference above the noise, which is some 3% for DQN and more for the others: garbage collection off, glibc's
+thresholds for trimming and mapping memory (training hardly faults any pages in), the critics' last layer as a product
+and a sum, leaving out the fields of the replay buffer that a one-step target does not need.
 """
 
 CUDA_THROUGHPUT = """
@@ -664,6 +679,12 @@ def throughput_section(measurements: pd.DataFrame) -> str:
             table=model_based_table(rows),
         )
     return section
+
+
+def tried_section(results: Path) -> str:
+    """The section on tried.csv, "" without it."""
+    path = results / "tried.csv"
+    return TRIED.format(table=markdown(pd.read_csv(path).to_dict("records"))) if path.exists() else ""
 
 
 def cuda_section(measurements: pd.DataFrame) -> str:
@@ -1130,7 +1151,7 @@ def main() -> None:
         path = args.results / "throughput_cuda.csv"
         cuda = pd.read_csv(path, keep_default_na=False) if path.exists() else None
         page += throughput_section(speeds) + ("" if cuda is None else cuda_section(cuda))
-        page += breakdown(args.results) + growth(args.results)
+        page += breakdown(args.results) + growth(args.results) + tried_section(args.results)
         put_into(args.results.parent.parent / "README.md", headline(runs, speeds, cuda))
     commands = "\n".join(f"python benchmarks/run.py {suite} --workers 2" for suite in suites)
     page += REPRODUCE.format(commands=commands, example=Cell(*runs.index[0]).name)

@@ -266,6 +266,13 @@ def test_the_gpus_section():
     assert "| 11.00 [10.00, 12.00] |" in report.cuda_section(pd.concat([rows, second]))
 
 
+def test_what_was_tried_is_told(tmp_path):
+    assert report.tried_section(tmp_path) == ""
+    (tmp_path / "tried.csv").write_text('work,tried,of,unit,before,after\na,"one, two",a step,µs,20,19\n')
+    section = report.tried_section(tmp_path)
+    assert "| a | one, two | a step | µs | 20 | 19 |" in section and section.startswith("\n### Tried, and not kept")
+
+
 def test_sb3_is_measured_on_the_device_asked_for(monkeypatch, tmp_path):
     """sb3.py's own runs stay on the CPU; where there is no GPU, "meta" is a device that is not the CPU either."""
     flags = "--env-id Pendulum-v1 --hidden-sizes 8"
