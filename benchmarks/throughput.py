@@ -357,7 +357,7 @@ def machine(device: str = "cpu") -> str:
     try:
         about = Path("/proc/cpuinfo").read_text()
         name = re.search(r"model name\s*:\s*(.+)", about)[1].strip()
-        numbers = [re.search(rf"^{x}\s*:\s*(\d+)", about, re.MULTILINE) for x in ("cpu family", "model")]
+        numbers = [re.search(rf"{x}\s*:\s*(\d+)", about) for x in ("cpu family", "model")]
         name += " (family {}, model {})".format(*(x[1] for x in numbers)) if all(numbers) else ""
     except (OSError, TypeError):
         name = platform.processor() or platform.machine()

@@ -161,21 +161,23 @@ def test_mbpo_is_held_against_sac():
     assert "(47% of the whole here" in section and "| ours, updates † | 3 | 38 | 0.95 | 0.95 | 0.95 |" in section
     assert section.index("ppo CartPole") < section.index("MBPO against")
     assert "slower there" not in section
+    both = pd.concat([rows.assign(machine="an older one", steps_per_second=1.0), rows])
+    assert report.throughput_section(both).split("MBPO")[1] == section.split("MBPO")[1]
     work = throughput.WORKS["mbpo HalfCheetah"]
     assert [throughput.code_of(work, x)[1] for x in work.settings] == ["mbpo", "mbpo", "sac"]
 
 
 def test_machines_have_tables_of_their_own():
     """One is twice as fast as where the peers were measured, at a ratio of 2; the other, measured later, as fast."""
-    rows = [("ppo CartPole", 8540.0, "one"), ("a2c CartPole", 14160.0, "one"), ("a2c CartPole", 7080.0, "other")]
+    rows = [("ppo CartPole", 8540.0, "one"), ("a2c CartPole", 21240.0, "one"), ("a2c CartPole", 7080.0, "other")]
     rows = pd.DataFrame(rows, columns=["work", "steps_per_second", "machine"]).assign(round=1, code_sha256="", flags="")
     ours = rows.assign(setting="eager", steps_per_second=rows["steps_per_second"] * [2, 2, 3])
     measurements = pd.concat([rows.assign(setting="sb3"), ours])
     section = report.throughput_section(measurements)
-    assert "SB3 was 1.0 to 2.0 times slower there than here." in section
+    assert "SB3 was 1.0 to 3.0 times slower there than here." in section
     one, other = section.split("\nother:\n")
     assert "\none:\n" in one and "| ppo CartPole | 1 | 8540 | 2.00 [2.00, 2.00] † |" in one
-    assert "| a2c CartPole | 1 | 14160 | 2.00 [" in one and "| a2c CartPole | 1 | 7080 | 3.00 [" in other
+    assert "| a2c CartPole | 1 | 21240 | 2.00 [" in one and "| a2c CartPole | 1 | 7080 | 3.00 [" in other
     assert "ppo CartPole" not in other
     newest = report.newest(measurements)
     assert [*zip(newest["work"], newest["machine"])] == [("ppo CartPole", "one"), ("a2c CartPole", "other")] * 2
@@ -237,6 +239,10 @@ def test_measuring_goes_on_where_it_stopped(monkeypatch, tmp_path):
         assert len(rounds("1")) == 7  # ratios hold within a code: what older code has measured goes
         rounds("3")
     assert len(calls) == 17 + 2 * 15
+    monkeypatch.setitem(throughput.WORKS, "ppo CartPole", throughput.WORKS["ppo CartPole"]._replace(flags=""))
+    rounds("1")
+    rounds("1")  # no flags are read back as none
+    assert len(calls) == 17 + 2 * 15 + 5
 
 
 def test_a_machine_is_named_with_its_generation(monkeypatch):
@@ -264,6 +270,8 @@ def test_the_gpus_section():
         assert f"{work} 12.0 † ×." in report.cuda_speeds(rows.assign(**changed))
     second = rows.assign(round=2, steps_per_second=[1000.0, 100.0])
     assert "| 11.00 [10.00, 12.00] |" in report.cuda_section(pd.concat([rows, second]))
+    both = pd.concat([rows.assign(machine="an older GPU", steps_per_second=1.0), rows])
+    assert report.cuda_section(both) == section and report.cuda_speeds(both) == report.cuda_speeds(rows)
 
 
 def test_what_was_tried_is_told(tmp_path):
