@@ -7,7 +7,7 @@ A script trains as for throughput.py while clocks stand around the functions tha
 microsecond each. What no clock has seen is acting, estimating advantages, drawing minibatches of a rollout, logging,
 and Python between them. Beside these, how long the environments take when nothing happens between two steps, with
 random actions. Each measurement is a process of its own, of half a minute on an idle machine, and a row of
-results/breakdown.csv, in microseconds per environment step.
+results/breakdown.csv, in microseconds per environment step; on another machine all are taken anew.
 """
 
 import contextlib

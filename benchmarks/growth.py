@@ -6,7 +6,7 @@
 Speed is measured as throughput.py does, here and in Stable-Baselines3, each in a process of its own: PPO on CartPole
 with 1 to 64 environments, SAC on HalfCheetah with layers of 64 to 1024 units and with minibatches of 32 to 1024. Memory
 is what a process holds more of, once SAC's replay buffer for HalfCheetah has been written to its end; it is measured
-once. Each measurement is a row of results/growth.csv.
+once. Each measurement is a row of results/growth.csv; on another machine all are taken anew.
 """
 
 import importlib
@@ -27,7 +27,7 @@ import torch
 import tyro
 from run import RESULTS, source_sha256
 from stable_baselines3.common.buffers import ReplayBuffer
-from throughput import Work, code_of, measure
+from throughput import Work, code_of, machine, measure
 from tqdm import tqdm
 
 KEY = ["axis", "size", "setting", "round"]
@@ -125,17 +125,22 @@ def in_process(function: Callable, *args):
 
 
 def measure_missing(path: Path, key: list[str], cells: list[tuple], measured: Callable, evidence: Callable):
-    """Measures, each in a process of its own, the cells that the CSV at `path` lacks or has with other evidence.
+    """Measures, each in a process of its own, the cells that the CSV at `path` lacks or has with other evidence or from
+    another machine.
 
     `key` names the columns of a cell; `measured` and `evidence` make a row's others from it. Returns all rows.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = pd.read_csv(path).set_index(key) if path.exists() else pd.DataFrame()
-    todo = [c for c in cells if c not in rows.index or dict(rows.loc[c, [*evidence(c)]]) != evidence(c)]
+
+    def described(cell: tuple) -> dict[str, str]:
+        return evidence(cell) | {"machine": machine()}
+
+    todo = [c for c in cells if c not in rows.index or dict(rows.loc[c, [*described(c)]]) != described(c)]
     for cell in (bar := tqdm(todo, unit="run")):
         bar.set_description(" ".join(map(str, cell)))
         with patch.dict(os.environ, OMP_NUM_THREADS="1"):  # of the process; a script sets PyTorch's own number
-            row = in_process(measured, *cell) | evidence(cell)
+            row = in_process(measured, *cell) | described(cell)
         row = pd.DataFrame([row], index=pd.MultiIndex.from_tuples([cell], names=key))
         rows = pd.concat([rows.drop(index=[cell], errors="ignore"), row]).sort_index() if len(rows) else row
         rows.to_csv(path.with_suffix(".tmp"))

@@ -275,7 +275,7 @@ BREAKDOWN = """
 ![Parts of the time of training]({plot})
 
 From [breakdown.py](breakdown.py), one training each, at another time than the table above: microseconds per environment
-step, and the part of them that is spent in each place{changed}.
+step, and the part of them that is spent in each place{changed}. Machine: {machines}.
 
 - **environment**: the part that is spent in the environments' steps. The last two columns are the time of one step, in
   training and alone, with random actions and nothing between two steps. Where a rollout is collected at once it is
@@ -295,7 +295,7 @@ GROWTH = """
 
 ![Steps per second and memory]({plot})
 
-From [growth.py](growth.py), measurements a point: {rounds}{spread}{changed}. Environments: PPO on
+From [growth.py](growth.py), measurements a point: {rounds}{spread}{changed}. Machine: {machines}. Environments: PPO on
 CartPole-v1, one PyTorch thread; every iteration takes 128 steps in each environment and then 16 gradient steps, so that
 minibatches grow too. Width: SAC on HalfCheetah-v5, two threads, with two layers of that many units and minibatches of
 256. Batch size: the same with layers of 256. Buffer size: the memory of SAC's full replay buffer for HalfCheetah-v5
@@ -745,7 +745,8 @@ def breakdown(results: Path) -> str:
     ax.legend(frameon=False, ncols=len(parts), loc="lower center", bbox_to_anchor=(0.4, 1), fontsize=8)
     save(figure, results.parent / "plots" / "breakdown.png")
     changed = " († with older code or other flags)" if any("†" in row["setting"] for row in table) else ""
-    return BREAKDOWN.format(plot="plots/breakdown.png", changed=changed, table=markdown(table))
+    machines = " and ".join(by_machine(rows))
+    return BREAKDOWN.format(plot="plots/breakdown.png", changed=changed, machines=machines, table=markdown(table))
 
 
 def measured_twice(rows: pd.DataFrame) -> str:
@@ -799,6 +800,7 @@ def growth(results: Path) -> str:
         rounds=" to ".join(map(str, sorted({*speed.value_counts()}))),
         spread="; median, least and greatest" if speed.duplicated().any() else "",
         twice=measured_twice(rows),
+        machines=" and ".join(by_machine(rows)),
         changed=" († some with older code or other flags)" if changed else "",
         bytes=f"(bytes a transition: {each})" if each else "",
     )

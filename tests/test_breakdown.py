@@ -108,19 +108,21 @@ def test_the_section_of_the_page(monkeypatch, tmp_path):
     rows = [dict(zip(breakdown.KEY, cell)) | values | breakdown.evidence(cell) for cell in cells]
     rows[0] |= {"target networks": 0.0, "whole": 2000.0}
     gone = dict(zip(breakdown.KEY, ("no such work", "eager"))) | values | dict(flags="-", code_sha256="-")
-    pd.DataFrame([*rows, gone]).to_csv(tmp_path / "results" / "breakdown.csv", index=False)
+    machines = ["new one", "old one", "none"]
+    rows = pd.DataFrame([*rows, gone]).assign(machine=machines)
+    rows.to_csv(tmp_path / "results" / "breakdown.csv", index=False)
     figures = []
     monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure) or save(figure, path))
     section = report.breakdown(tmp_path / "results")
     first = section.index("| ppo CartPole | eager | 1000 | 10% | 10% | 10% | 10% | 10% | 50% | 100 | 20 |")
     assert first < section.index("| sac HalfCheetah | compile | 2000 | 5% | 5% | 5% | 5% | — | 25% | 100 | 20 |")
-    assert "†" not in section and "no such work" not in section
+    assert "†" not in section and "no such work" not in section and "Machine: old one and new one.\n" in section
     (ax,) = figures[0].axes
     bars = [x.get_text() for x in ax.get_yticklabels()]
     assert bars == ["sac HalfCheetah, compile", "ppo CartPole, eager"]  # from below
     assert [x.get_text() for x in ax.texts] == ["2,000 µs", "1,000 µs"]
     assert (tmp_path / "plots" / "breakdown.png").stat().st_size > 10_000
     for changed in (dict(code_sha256="older"), dict(flags="others")):
-        pd.DataFrame(rows).assign(**changed).to_csv(tmp_path / "results" / "breakdown.csv", index=False)
+        rows.assign(**changed).to_csv(tmp_path / "results" / "breakdown.csv", index=False)
         assert "ppo CartPole | eager † |" in report.breakdown(tmp_path / "results")
     assert report.breakdown(tmp_path) == ""

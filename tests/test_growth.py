@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import report
 from estimates import save
-from throughput import Work
+from throughput import Work, machine
 
 
 @pytest.mark.parametrize(
@@ -36,10 +36,11 @@ def test_a_short_training_is_timed(monkeypatch, setting):
 
 
 def test_what_is_measured_already_is_left_alone_and_a_stop_loses_nothing(monkeypatch, tmp_path):
-    """Of the memory's six cells one is up to date, one was measured with older code; the fifth measurement fails."""
+    """Of the memory's six cells one is up to date, one of older code, one of another machine; the fifth fails."""
     cells = [("buffer_size", size, setting, 1) for size in growth.BUFFER_SIZES for setting in growth.MEMORY_SETTINGS]
-    rows = [(*cells[0], 1.0, *growth.evidence(cells[0]).values()), (*cells[1], 2.0, "-", "older")]
-    rows = pd.DataFrame(rows, columns=[*growth.KEY, "value", *growth.EVIDENCE])
+    rows = [(*cell, 1.0, *growth.evidence(cell).values(), machine()) for cell in cells[:3]]
+    rows = pd.DataFrame(rows, columns=[*growth.KEY, "value", *growth.EVIDENCE, "machine"])
+    rows.loc[1, "code_sha256"], rows.loc[2, "machine"] = "older", "another"
     rows.to_csv(tmp_path / "growth.csv", index=False)
     asked, fail = [], [cells[4]]
 
@@ -59,8 +60,9 @@ def test_what_is_measured_already_is_left_alone_and_a_stop_loses_nothing(monkeyp
     fail.clear()
     growth.main()
     assert asked == cells[1:] and os.environ["OMP_NUM_THREADS"] == "9"
-    kept = pd.read_csv(tmp_path / "growth.csv").set_index(growth.KEY)["value"]
-    assert kept[cells[0]] == 1 and all(kept[cell] == 7 for cell in cells[1:])
+    kept = pd.read_csv(tmp_path / "growth.csv").set_index(growth.KEY)
+    assert kept.loc[cells[0], "value"] == 1 and all(kept.loc[cell, "value"] == 7 for cell in cells[1:])
+    assert {*kept["machine"]} == {machine()}
     monkeypatch.setattr("sys.argv", ["", "--only", "bufer", "--results", str(tmp_path)])
     with pytest.raises(SystemExit, match="--only bufer"):
         growth.main()
@@ -74,13 +76,15 @@ def test_the_section_of_the_page(monkeypatch, tmp_path):
     rows = [(*cell, value.get(cell[:2], 5.0 if cell[3] == 1 else 10.0 + cell[3])) for cell in cells]
     rows = pd.DataFrame(rows, columns=[*growth.KEY, "value"])
     rows.loc[(rows["axis"] == "width") & (rows["size"] == 256) & (rows["setting"] == "eager"), "value"] *= 2
-    rows = rows.assign(**pd.DataFrame([*map(growth.evidence, cells[:-1]), dict(flags="-", code_sha256="gone")]))
+    rows = rows.assign(
+        **pd.DataFrame([*map(growth.evidence, cells[:-1]), dict(flags="-", code_sha256="gone")]), machine="this one"
+    )
     rows.to_csv(tmp_path / "results" / "growth.csv", index=False)
     figures = []
     monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure) or save(figure, path))
     section = report.growth(tmp_path / "results")
     assert "bytes a transition: ours, eager 160, Stable-Baselines3 160" in section and "†" not in section
-    assert "measurements a point: 3; median" in section
+    assert "measurements a point: 3; median" in section and "Machine: this one. " in section
     assert "eager over SB3 is 2.00 in one and 1.00 in the other" in section
     line, _, (bars,) = figures[0].axes[0].containers[0]
     assert line.get_xdata().tolist() == [*growth.AXES["num_envs"]] and {*line.get_ydata()} == {12}
@@ -90,4 +94,6 @@ def test_the_section_of_the_page(monkeypatch, tmp_path):
     for changed in (dict(code_sha256="older"), dict(flags="others")):
         rows.iloc[:1].assign(**changed).to_csv(tmp_path / "results" / "growth.csv", index=False)
         assert "† some with older code" in report.growth(tmp_path / "results")
+    rows.iloc[:2].assign(machine=["old one", "new one"]).to_csv(tmp_path / "results" / "growth.csv", index=False)
+    assert "Machine: old one and new one. " in report.growth(tmp_path / "results")
     assert report.growth(tmp_path) == ""
