@@ -409,7 +409,7 @@ def test_evidence_outlives_comments_and_docstrings_but_no_change_of_code(copy, i
 
 def test_evidence_is_of_the_flags_that_a_cell_is_run_with():
     cells = [cell for cell in run.cells_of("model-based") if cell.impl == "sb3"]
-    assert all("--learning-starts 1000" in " ".join(cell.command) for cell in cells) and len(cells) == 2
+    assert cells and all("--learning-starts 1000" in " ".join(cell.command) for cell in cells)
     args = sb3.parse_args("sac", cells[0].command[3:])
     ran = run.code_sha256("sb3", run.source_sha256("sb3", "sac"), asdict(args), run.stable_baselines3.__version__)
     assert run.present_code(cells[0]) == ran
