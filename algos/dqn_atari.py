@@ -369,7 +369,8 @@ def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
 
 
 def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
-    """∇loss with respect to all parameters of `module` as one vector (P,), its mean over the processes."""
+    """∇loss with respect to all parameters of `module`, each of which has to take part in it, as one vector (P,): its
+    mean over the processes."""
     gradients = torch.autograd.grad(loss, list(module.parameters()))
     return average(torch.cat([x.flatten() for x in gradients]))
 

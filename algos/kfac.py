@@ -871,7 +871,8 @@ class Run:
 def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
     """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment.
 
-    A policy with a memory would have to carry it on here, and in export_policy.
+    A policy with a memory would have to carry it on here, and in export_policy; one with dropout or BatchNorm, to be
+    switched to eval() in both.
     """
     envs = make_envs(args, args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed + 1_000_000)

@@ -376,7 +376,8 @@ def parameter_vector(module: nn.Module) -> nn.Parameter:
 
 
 def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
-    """∇loss with respect to all parameters of `module` as one vector (P,), its mean over the processes."""
+    """∇loss with respect to all parameters of `module`, each of which has to take part in it, as one vector (P,): its
+    mean over the processes."""
     gradients = torch.autograd.grad(loss, list(module.parameters()))
     return average(torch.cat([x.flatten() for x in gradients]))
 
@@ -758,7 +759,8 @@ class Run:
 def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
     """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment.
 
-    A policy with a memory would have to carry it on here, and in export_policy.
+    A policy with a memory would have to carry it on here, and in export_policy; one with dropout or BatchNorm, to be
+    switched to eval() in both.
     """
     envs = make_envs(args, args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed + 1_000_000)

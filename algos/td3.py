@@ -157,7 +157,7 @@ def storage_dtype(space: gym.Space) -> torch.dtype:
 
 
 class EnsembleLinear(nn.Module):
-    """M linear layers, each with its own weights, in one product; a norm between them needs a dimension M, too."""
+    """M linear layers, each with its own weights, in one product."""
 
     def __init__(self, members: int, inputs: int, outputs: int):
         super().__init__()
@@ -173,7 +173,11 @@ class EnsembleLinear(nn.Module):
 
 
 class CriticEnsemble(nn.Module):
-    """Q_1 … Q_M(s, a): states (B, D) and actions (B, A) in [−1, 1] → values (M, B)."""
+    """Q_1 … Q_M(s, a): states (B, D) and actions (B, A) in [−1, 1] → values (M, B).
+
+    What a fork puts between the layers, such as a norm, needs weights (M, 1, H) that are indexed by `members` as
+    EnsembleLinear's are: those of nn.LayerNorm would be one set for all critics, without an error.
+    """
 
     def __init__(self, members: int, inputs: int, hidden_sizes):
         super().__init__()
@@ -388,7 +392,8 @@ def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
 
 
 def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
-    """∇loss with respect to all parameters of `module` as one vector (P,), its mean over the processes."""
+    """∇loss with respect to all parameters of `module`, each of which has to take part in it, as one vector (P,): its
+    mean over the processes."""
     gradients = torch.autograd.grad(loss, list(module.parameters()))
     return average(torch.cat([x.flatten() for x in gradients]))
 
@@ -823,7 +828,8 @@ class Run:
 def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
     """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment.
 
-    A policy with a memory would have to carry it on here, and in export_policy.
+    A policy with a memory would have to carry it on here, and in export_policy; one with dropout or BatchNorm, to be
+    switched to eval() in both.
     """
     envs = make_envs(args, args.eval_episodes)
     obs, _ = envs.reset(seed=args.seed + 1_000_000)

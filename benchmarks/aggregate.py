@@ -116,25 +116,27 @@ def measured(groups: list[tuple[str, str, int]], runs: pd.DataFrame, results: Pa
     return strata
 
 
-def plot_aggregate(strata: dict[str, dict[str, Strata]], path: Path) -> None:
-    """Three panels: profile of the evaluations, training return over steps and over time."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+def plot_aggregate(strata: dict[str, dict[str, Strata]], steps_path: Path, time_path: Path) -> None:
+    """Two figures: profile of the evaluations and training return over steps, and training return over time."""
     share = (np.arange(BINS) + 0.5) / BINS
     panels = [
         ("evaluation", profile, THRESHOLDS, "normalised return τ", "share of runs above τ"),
         ("steps", course, share, "share of the run's environment steps", "normalised training return"),
         ("time", course, share + 0.5 / BINS, "time, in SB3's run times", "normalised training return"),
     ]
-    for ax, (kind, statistic, x, xlabel, ylabel) in zip(axes, panels):
-        for side, label in SIDES.items():
-            middle, low, high = stratified(statistic, strata[side][kind])
-            ax.plot(x, middle, linewidth=1.8, label=label, **STYLES[label])
-            ax.fill_between(x, low, high, color=STYLES[label]["color"], alpha=0.2, linewidth=0)
-        ax.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, max(x[-1], 1)))
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    save(figure, path)
+    for path, shown in ((steps_path, panels[:2]), (time_path, panels[2:])):
+        size = 5 * len(shown), 3.8
+        figure, axes = plt.subplots(1, len(shown), figsize=size, squeeze=False, layout="constrained")
+        for ax, (kind, statistic, x, xlabel, ylabel) in zip(axes.flat, shown):
+            for side, label in SIDES.items():
+                middle, low, high = stratified(statistic, strata[side][kind])
+                ax.plot(x, middle, linewidth=1.8, label=label, **STYLES[label])
+                ax.fill_between(x, low, high, color=STYLES[label]["color"], alpha=0.2, linewidth=0)
+            ax.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, max(x[-1], 1)))
+            ax.grid(alpha=0.25)
+            ax.spines[["top", "right"]].set_visible(False)
+        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+        save(figure, path)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ STYLES = {
     "SB3's SAC": dict(color="#E69F00", linestyle=":"),
 }
 """colours of Okabe and Ito (2008), apart for colour-blind readers, and in print by the dashes"""
+OTHERS = dict(color="#555555", linestyle=":")
+"""of any other curve"""
 
 
 # Statistics -------------------------------------------------------------------------------------------------
@@ -50,9 +52,9 @@ def iqm_ratio(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
 def interval(statistic, *samples: np.ndarray, paired: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """95 % bootstrap interval of statistic(*samples), each resampled along its last axis, by itself or `paired`.
 
-    NaN where a sample has fewer than two values.
+    NaN where a sample has fewer than three values.
     """
-    if min(sample.shape[-1] for sample in samples) < 2:
+    if min(sample.shape[-1] for sample in samples) < 3:
         return (np.full(np.shape(statistic(*samples)), np.nan),) * 2
     rng = np.random.default_rng(0)
     options = dict(n_resamples=10_000, batch=1000, method="percentile", axis=-1, vectorized=True, rng=rng)
@@ -125,7 +127,7 @@ def number(x: float, digits: int) -> str:
 
 
 def estimate(statistic, *samples: np.ndarray, paired: bool = False) -> str:
-    """statistic(*samples) [its interval]; no interval from a single value, — where a sample is empty."""
+    """statistic(*samples) [its interval]; no interval from one value or two, — where a sample is empty."""
     if not all(len(sample) for sample in samples):
         return "—"
     values = [statistic(*samples), *interval(statistic, *samples, paired=paired)]

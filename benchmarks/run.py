@@ -37,7 +37,7 @@ import tyro
 from filelock import FileLock, Timeout
 from launchers import Local, LocalJob, Ray, RayJob
 from sb3 import MODELS, maker_of
-from suites import FLAGS, SUITES
+from suites import FLAGS, SUITES, VARIANTS, Variant
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,9 +70,10 @@ class Args:
     """of those, measure one seed anew per algorithm and environment: if every episode is as recorded, the rows of the
     other seeds count as measured with today's code, too"""
     dry_run: bool = False
-    """list the cells and the time that they take, start nothing"""
-    work: Path = ROOT / "runs" / "benchmarks"
-    """folder of the cells' run directories and output"""
+    """list the cells and the time that they take, start nothing: "skip" what is recorded, "record" what has finished in
+    --work, "resume" what has begun there, "run" the rest; † where other code or flags than today's measured it"""
+    work: Path | None = None
+    """folder of the cells' run directories and output; None: runs/benchmarks or, beside other --results, work"""
     results: Path = RESULTS
     """folder of runs.csv and episodes/"""
 
@@ -81,9 +82,14 @@ class Args:
 
 
 @functools.cache
-def script_args(algo: str, env_id: str, flags: str = "") -> dict:
-    """The arguments that algos/{algo}.py takes for `env_id` and `flags` alone."""
-    return asdict(importlib.import_module(algo).parse_args(["--env-id", env_id, *flags.split()]))
+def script_args(script: str, env_id: str, flags: str = "") -> dict:
+    """The arguments that algos/{script}.py takes for `env_id` and `flags` alone."""
+    return asdict(importlib.import_module(script).parse_args(["--env-id", env_id, *flags.split()]))
+
+
+def variant_of(algo: str) -> Variant:
+    """What a suite calls by this name."""
+    return VARIANTS.get(algo, Variant(algo))
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Cell:
     @property
     def steps_if_unusual(self) -> list[str]:
         """[total_timesteps] where it is not what the script takes by itself, else []."""
-        default = script_args(self.algo, self.env_id)["total_timesteps"]
+        default = script_args(variant_of(self.algo).script, self.env_id)["total_timesteps"]
         return [] if self.total_timesteps == default else [str(self.total_timesteps)]
 
     @property
@@ -111,12 +117,13 @@ class Cell:
     @property
     def flags(self) -> str:
         """What it is run with beside environment, seed and steps."""
-        return FLAGS.get((self.algo, self.env_id, self.total_timesteps), "")
+        own = FLAGS.get((self.algo, self.env_id, self.total_timesteps), "")
+        return f"{own} {variant_of(self.algo).flags}".strip()
 
     @property
     def script(self) -> str:
         """Path of what runs it, from the repository's root."""
-        return "benchmarks/sb3.py" if self.impl == "sb3" else f"algos/{self.algo}.py"
+        return "benchmarks/sb3.py" if self.impl == "sb3" else f"algos/{variant_of(self.algo).script}.py"
 
     @property
     def command(self) -> list[str]:
@@ -134,11 +141,12 @@ KEY = [field.name for field in fields(Cell)]
 def cells_of(suite: str) -> list[Cell]:
     """The suite's cells; both implementations of a seed next to each other, so that they share the machine's load."""
     return [
-        Cell(impl, algo, env_id, seed, entry.total_timesteps or script_args(algo, env_id)["total_timesteps"])
+        Cell(impl, algo, env_id, seed, steps)
         for entry in SUITES[suite]
         for algo in entry.algos
         for seed in entry.seeds
         for env_id in entry.env_ids
+        for steps in [entry.total_timesteps or script_args(variant_of(algo).script, env_id)["total_timesteps"]]
         for impl in entry.implementations
         if impl == "ours" or algo in MODELS
     ]
@@ -153,9 +161,9 @@ def script_sha256(cell: Cell) -> str:
 
 
 def source_sha256(impl: str, algo: str) -> str:
-    """Of the syntax tree, without docstrings, of algos/{algo}.py or of all in sb3.py that runs `algo`."""
+    """Of the syntax tree, without docstrings, of the script of algos/ or of all in sb3.py that runs `algo`."""
     if impl == "ours":
-        return tree_sha256((ROOT / "algos" / f"{algo}.py").read_text())
+        return tree_sha256((ROOT / "algos" / f"{variant_of(algo).script}.py").read_text())
     functions = (MODELS[algo].__name__, maker_of(algo).__name__, "train")
     return tree_sha256((ROOT / "benchmarks" / "sb3.py").read_text(), functions)
 
@@ -205,7 +213,8 @@ def code_sha256(impl: str, source: str, args: dict, sb3_version: str, flags: str
 
 def present_code(cell: Cell, sb3_version: str = stable_baselines3.__version__) -> str:
     """code_sha256 of the cell if it were run now."""
-    args = script_args(cell.algo, cell.env_id, cell.flags) | {"total_timesteps": cell.total_timesteps}
+    script = variant_of(cell.algo).script
+    args = script_args(script, cell.env_id, cell.flags) | {"total_timesteps": cell.total_timesteps}
     source = source_sha256(cell.impl, cell.algo)
     return code_sha256(cell.impl, source, args, sb3_version, with_hashes(cell.flags))
 
@@ -481,25 +490,32 @@ def expected_seconds(cell: Cell, runs: pd.DataFrame) -> float:
 def print_plan(todo: list[Cell], args: Args) -> None:
     """What a run of run.py would do with each cell, and how long that takes."""
     runs, recorded, work = read_runs(args.results), read_runs(args.results), args.work
+    to_go_by = pd.concat([x for x in (runs, read_runs(RESULTS)) if len(x)] or [runs])
     if args.confirm_changed:
         todo, work = list(first_of_each_group(changed_cells(todo, runs)).values()), args.work / "confirm"
         recorded = read_runs(work / "results")
     minutes = []
     for cell in todo:
-        what, _ = plan(cell, work / cell.name, recorded, args.rerun_changed or args.confirm_changed)
+        what, run_dir = plan(cell, work / cell.name, recorded, args.rerun_changed or args.confirm_changed)
+        if what == "skip" and recorded.code_sha256[astuple(cell)] != present_code(cell):
+            what = "skip †"
+        if what == "record" and what_ran(cell, work / cell.name, run_dir)["code_sha256"] != present_code(cell):
+            what = "record †"
         what = "in use" if is_held(lock_of(cell, work)) else what
         if what in ("run", "resume"):
-            minutes.append(expected_seconds(cell, runs) / 60)
+            minutes.append(expected_seconds(cell, to_go_by) / 60)
         time_needed = f"{minutes[-1]:4.0f} min" if what in ("run", "resume") and minutes[-1] >= 0 else ""
-        print(f"{what:6}  {time_needed:8}  {' '.join(cell.command)}")
-    hours = np.nansum(minutes) / 60
-    unknown = f"; {np.isnan(minutes).sum()} have no recorded time to go by" if np.isnan(minutes).any() else ""
-    print(f"{len(minutes)} runs of {hours:.1f} hours in all, as those recorded{unknown}", file=sys.stderr)
+        print(f"{what:8}  {time_needed:8}  {' '.join(cell.command)}")
+    hours, unknown = np.nansum(minutes) / 60, np.isnan(minutes).sum()
+    without = f", without {unknown} that have no recorded time to go by" if unknown else ""
+    print(f"{len(minutes)} runs; {hours:.1f} hours in all, as those recorded{without}", file=sys.stderr)
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    args.work, args.results = args.work.resolve(), args.results.resolve()
+    args.results = args.results.resolve()
+    usual = ROOT / "runs" / "benchmarks" if args.results == RESULTS else args.results.parent / "work"
+    args.work = (args.work or usual).resolve()
     if args.suite not in SUITES:
         sys.exit(f"{args.suite}: no such suite; benchmarks/suites.py has {', '.join(SUITES)}")
     if args.workers < 1:
@@ -525,6 +541,10 @@ def main() -> None:
     if failed:
         again = "" if args.confirm_changed else "; the same command tries them again"
         sys.exit(f"{failed} failed{' or differ' if args.confirm_changed else f' of {len(todo)}'}{again}")
+    if changed := len(changed_cells(todo, read_runs(args.results))):
+        print(
+            f"{changed} of {len(todo)} are of other code or flags (†): --rerun-changed measures them", file=sys.stderr
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,15 @@
-"""What benchmarks/run.py measures and benchmarks/report.py reports: plain data."""
+"""What benchmarks/run.py measures and benchmarks/report.py reports: plain data.
+
+A fork of ppo.py, with a flag of its own, against the original: copy it to algos/my_ppo.py and add here
+
+    VARIANTS["my_ppo"] = Variant("my_ppo", against="ppo")
+    VARIANTS["my_ppo_centred"] = Variant("my_ppo", "--advantages centred", against="ppo")
+    SUITES["mine"] = [Entry(["ppo", "my_ppo", "my_ppo_centred"], ["CartPole-v1", "Acrobot-v1"], range(1, 11), 100_000)]
+
+then `run.py mine` and `report.py --suites mine`, both with `--results mine/results`, for a page of its own. An
+environment of your own is `module:Id-v0`, where the module, in algos/ or installed, registers it on import; the rows'
+hashes do not notice a change in it.
+"""
 
 from typing import NamedTuple
 
@@ -17,6 +28,20 @@ class Entry(NamedTuple):
     implementations: tuple[str, ...] = ("ours", "sb3")
     """sides to run; "sb3" is left out for an algorithm that benchmarks/sb3.py has no counterpart of"""
 
+
+class Variant(NamedTuple):
+    """An algorithm of a suite that is not just a script of algos/: a fork, or a script with other flags."""
+
+    script: str
+    """file of algos/, without .py"""
+    flags: str = ""
+    """what it is run with beside environment, seed and steps"""
+    against: str | None = None
+    """script or variant that the report compares it with, in place of SB3's"""
+
+
+VARIANTS: dict[str, Variant] = {}
+"""By the name that an Entry calls it and the page shows."""
 
 EXPERTS = {
     "HalfCheetah-v5": ("ours", "kfac", "HalfCheetah-v5", 1, 500_000),

@@ -122,8 +122,9 @@ def assert_parameters_agree(ours, theirs, tolerance: float, before: dict) -> flo
     worst = 0.0
     for (name, x), y in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert (x - before[name]).abs().max() > 1e-4, f"{name} did not move"
-        worst = max(worst, ((x - y).norm() / y.norm()).item())
-    assert worst < tolerance
+        error = ((x - y).norm() / y.norm()).item()
+        assert error < tolerance, f"{name} differs by {error:.1e}, and {tolerance:.0e} is allowed"
+        worst = max(worst, error)
     return worst
 
 

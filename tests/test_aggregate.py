@@ -115,5 +115,17 @@ def test_the_section_pools_pairs_of_enough_seeds(recorded, monkeypatch):
     assert report.aggregate_section("classic", groups[:1], runs, results) == ""
     section = report.aggregate_section("classic", [*groups[:2], groups[3]], runs, results)
     assert "The 2 pairs" in section and "at least 2 seeds" in section and "compiled" not in section
-    assert "| ours † | 4 | 0.005 [0.004, 0.006] |" in section and "| difference |  | 0.000 [0.000, 0.000] |" in section
-    assert "some of ours compiled" in report.aggregate_section("classic", groups, runs, results)
+    assert "| ours † | 4 | 0.005 [0.004, 0.006] | 0.005 [0.004, 0.006] |" in section and "seeds, here 2;" in section
+    assert "| difference |  | 0.000 [0.000, 0.000] | 0.000 [0.000, 0.000] |" in section
+    assert "and 2 of our 6 were compiled. " in report.aggregate_section("classic", groups, runs, results)
+    assert all((results.parent / "plots" / f"classic_{x}.png").exists() for x in ("all", "time"))
+    monkeypatch.setattr(report, "POOLED_SEEDS", 1)
+    assert "seeds, here 1 to 2;" in report.aggregate_section("classic", groups, runs, results)
+
+
+def test_a_pooled_difference_is_of_the_same_seeds():
+    """IQM and mean of both sides and of their difference, which is the same for every seed."""
+    x = [np.array([0.0, 1.0, 2.0, 30.0]), np.array([5.0, 6.0, 7.0, 8.0])]
+    np.testing.assert_allclose(report.pooled(np.mean, x)[0], 59 / 8)
+    np.testing.assert_allclose(report.pooled(report.iqm, x)[0], (2 + 5 + 6 + 7) / 4)
+    np.testing.assert_allclose(report.pooled(np.mean, x, [side - 3 for side in x]), 3)

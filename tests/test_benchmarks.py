@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import runpy
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -519,7 +520,7 @@ def test_a_row_compares_the_seeds_that_both_sides_have(measured):
     cells = [run.Cell(impl, "a2c", "CartPole-v1", seed, 100_000) for seed in (1, 2, 3, 4) for impl in ("ours", "sb3")]
     row = report.comparison("a2c", "CartPole-v1", 100_000, runs.drop(index=astuple(cells[0])), cells, results)
     assert row["seeds"] == "2/4" and row["ours"].startswith("202.5") and row["SB3"].startswith("302.5")
-    assert row["difference"] == "−100.0 [−100.0, −100.0]" and row["verdict"] == "too few seeds"
+    assert row["difference"] == "−100.0" and row["verdict"] == "too few seeds"  # no interval from two
     assert report.comparison("a2c", "CartPole-v1", 100_000, runs, cells, results)["verdict"] == "SB3 better, few seeds"
     row = report.comparison(
         "a2c", "CartPole-v1", 100_000, runs.drop(index=list(map(astuple, cells[:6:2]))), cells, results
@@ -599,6 +600,10 @@ def test_the_headline_shows_what_is_slower_too(measured):
     assert "| 0.5 / 2.0 × on CartPole |" in report.headline(runs, pd.concat([now, compiled]))
     slower = now.assign(machine="other", steps_per_second=now["steps_per_second"] * ([1, 5] * 2))
     assert "| 0.1 × on CartPole |" in report.headline(runs, pd.concat([now, slower]))  # the machine measured last
+    others = [now.assign(work=f"{algo} CartPole", machine=f"{algo}'s") for algo in ("ppo", "mbpo")]
+    assert "counted, on a CPU." in report.headline(runs, pd.concat([now, *others]))  # neither of these is in the table
+    other = now.assign(work="a2c HalfCheetah", machine="other")
+    assert "counted, on one of 2 CPUs." in report.headline(runs, pd.concat([now, other]))
     now.loc[now["setting"] == "sb3", "code_sha256"] = "older"
     assert "| 0.5 × on CartPole † |" in report.headline(runs, now)
 
@@ -686,6 +691,88 @@ def test_an_algorithm_without_counterpart_stands_beside_sb3s_a2c_and_ppo(measure
     assert row["ours"].startswith("102.0 [") and row["seeds"] == "3/4"
     assert row["SB3"].startswith("A2C 302.0 [") and row["SB3"].endswith("(3)") and "PPO" not in row["SB3"]
     assert (row["difference"], row["difference over training"]) == ("—", "—")
+
+
+@pytest.fixture
+def variants(monkeypatch):
+    """A fork of a2c.py, here a2c.py with a flag, against a2c.py, and A2C's own script with another one, against SB3."""
+    monkeypatch.setitem(run.VARIANTS, "forked", run.Variant("a2c", "--gamma 0.9", against="a2c"))
+    monkeypatch.setitem(run.VARIANTS, "long", run.Variant("a2c", "--num-steps 8"))
+    entries = [suites.Entry(["forked", "long"], ["CartPole-v1"], range(1, 6), 100_000)]
+    monkeypatch.setitem(run.SUITES, "mine", entries)
+
+
+def test_a_variant_is_run_with_its_script_and_flags(variants, monkeypatch):
+    cells = run.cells_of("mine")
+    assert [(cell.impl, cell.algo) for cell in cells] == 5 * [("ours", "forked")] + 5 * [("ours", "long")]
+    command = "python algos/a2c.py --env-id CartPole-v1 --seed 1 --total-timesteps 100000 --gamma 0.9"
+    assert " ".join(cells[0].command) == command and cells[0].name == "ours__forked__CartPole-v1__1__100000"
+    plain = run.Cell("ours", "a2c", "CartPole-v1", 2, 100_000)
+    assert len({run.present_code(cell) for cell in (plain, cells[0], cells[5])}) == 3
+    assert run.source_sha256("ours", "forked") == run.source_sha256("ours", "a2c")
+    monkeypatch.setitem(run.FLAGS, ("forked", "CartPole-v1", 100_000), "--num-envs 4")
+    assert cells[0].flags == "--num-envs 4 --gamma 0.9"
+
+
+def test_a_fork_is_compared_with_its_original(variants, measured, monkeypatch):
+    """Of five seeds four are measured, and three of these of the original, too."""
+    runs, results = measured
+    rows = [("ours", "forked", "CartPole-v1", x, 100_000, 149.0 + x, "older", "torch=2") for x in (1, 2, 3, 4)]
+    rows[-1] = *rows[-1][:5], 9999.0, "older", "torch=2"
+    runs = pd.concat([runs.reset_index(), pd.DataFrame(rows, columns=runs.reset_index().columns)])
+    runs = runs.set_index(run.KEY).sort_index()
+    cells = [cell for cell in run.cells_of("mine") if cell.algo == "forked"]
+    for cell in cells:
+        returns = np.full(1000, 100.0)  # from the first step on; the original's mean is 80
+        path = results / "episodes" / f"{cell.name}.csv.gz"
+        pd.DataFrame({"r": returns, "l": 100, "t": 1.0}).to_csv(path)
+    row = report.comparison("forked", "CartPole-v1", 100_000, runs, cells, results)
+    assert (row["algorithm"], row["seeds"], row["worst seed"]) == ("forked †", "3/5", "150.0 / 201.0")
+    assert row["ours"].startswith("151.0 [") and row["SB3"].startswith("a2c 202.0 [")
+    assert row["difference"].startswith("−51.0 [") and row["verdict"] == "a2c better, few seeds"
+    assert float(row["difference over training"].split()[0]) == pytest.approx(20, abs=1)
+    figures = []
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
+    report.plot_suite([("forked", "CartPole-v1", 100_000)], runs, results, results / "plot.png")
+    assert [x.get_text() for x in figures[0].legends[0].get_texts()] == ["ours", "a2c"]
+    alone = runs.drop(index="a2c", level="algo")
+    row = report.comparison("forked", "CartPole-v1", 100_000, alone, cells, results)
+    assert (row["seeds"], row["SB3"], row["difference"]) == ("4/5", "a2c —", "—") and row["ours"].startswith("152 [")
+
+
+def test_a_page_of_ones_own(variants, measured, monkeypatch, tmp_path):
+    """With its own commands, and links that lead to the repository; the page and README.md of others stay."""
+    runs, results = measured
+    mine = tmp_path / "root" / "mine" / "results"
+    shutil.copytree(results, mine)
+    runs.assign(command="python …", date="2026-11-27", script_sha256="abc").to_csv(mine / "runs.csv")
+    shutil.copy(RESULTS / "throughput.csv", mine)
+    (tmp_path / "root" / "README.md").write_text("another text")
+    monkeypatch.setattr("sys.argv", ["", "--results", str(mine), "--suites", "classic"])
+    for _ in range(2):  # the second time over the first one's page
+        report.main()
+    page = (mine.parent / "README.md").read_text()
+    assert f"`python benchmarks/report.py --results {mine} --suites classic` from [results/](results/)" in page
+    assert f"python benchmarks/run.py classic --workers 2 --results {mine}\n" in page and "## Throughput" not in page
+    assert f'pd.read_csv("{mine}/runs.csv")' in page and "benchmarks/results" not in page
+    (link,) = {x for x in re.findall(r"\]\(([^)]*sb3\.py)\)", page)}
+    assert (mine.parent / link).resolve() == ROOT / "benchmarks" / "sb3.py"
+    monkeypatch.setattr("sys.argv", ["", "--results", str(mine)])
+    report.main()  # with everything that is there: no headline of theirs for the README.md above
+    assert "## Throughput" in (mine.parent / "README.md").read_text()
+    assert (tmp_path / "root" / "README.md").read_text() == "another text"
+    shutil.move(mine, mine.parent / "others")
+    for place in (mine.parent / "others", shutil.copytree(mine.parent / "others", tmp_path / "root" / "results")):
+        monkeypatch.setattr("sys.argv", ["", "--results", str(place)])
+        with pytest.raises(SystemExit, match=f"choose a folder within a new one, such as {place.name}/results"):
+            report.main()
+    monkeypatch.setattr("sys.argv", ["", "--suites", "classics"])
+    with pytest.raises(SystemExit, match="--suites classics: no such suite; benchmarks/suites.py has smoke, classic"):
+        report.main()
+    text = report.variants("mine")
+    assert text.startswith(
+        "- forked: `algos/a2c.py --gamma 0.9`, against a2c, which stands in SB3's place.\n- long: `algos"
+    )
 
 
 def test_the_pages_are_what_report_py_makes_of_the_measurements(tmp_path, monkeypatch):
@@ -835,15 +922,16 @@ def test_steps_to_solve_measures_what_is_missing(tmp_path, monkeypatch):
         steps_to_solve.main()
     assert sorted(asked) == sorted((*side, seed) for side in steps_to_solve.SIDES for seed in (1, 2))
     section = report.solving(tmp_path)
-    assert "| MBPO | 950 [900, 1000] | 900, 1000 | 1 | −150.0 [−150.0, −150.0] (step 3000) |" in section
-    assert "| SAC | 3000 [3000, 3000] | 3000, 3000 | 3.16 [" in section
-    assert "| SB3's SAC | 4500 [4000, 5000] | 4000, > 5000 | 4.74 [" in section and "†" not in section
+    assert "| MBPO | 950.0 | 900, 1000 | 1 | −150.0 (step 3000) |" in section
+    assert "| SAC | 3000 | 3000, 3000 | 3.16 | " in section
+    assert "| SB3's SAC | 4500 | 4000, > 5000 | 4.74 | " in section and "†" not in section
+    assert "it takes 20 gradient steps, and SAC 1." in section
     assert (tmp_path.parent / "plots" / "steps_to_solve.png").exists()
     path = tmp_path / "steps_to_solve.csv"
     rows = pd.read_csv(path, index_col=steps_to_solve.KEY)
     never = rows.copy()
     never.loc[("ours", "mbpo", 2), "eval_mean"] = -1200.0
     never.to_csv(path)
-    assert "| MBPO | 2950 [900, 5000] | 900, > 3000 |" in report.solving(tmp_path)
+    assert "| MBPO | 2950 | 900, > 3000 |" in report.solving(tmp_path)
     rows.drop(index=[("ours", "mbpo", 1)]).assign(code_sha256="older").to_csv(path)
     assert "| MBPO † | 1000 | 1000 | 1 |" in report.solving(tmp_path)

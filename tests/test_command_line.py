@@ -1162,6 +1162,7 @@ def test_updates_of_two_processes_on_half_the_data_are_those_of_one_on_all():
 
 @pytest.mark.slow
 def test_compile_changes_no_result(algo):
+    """Random draws within a compiled gradient, dropout for instance, would be others."""
     torch._dynamo.reset()  # its limit on compilations is per process
     eager, compiled = (train(algo, f"--total-timesteps 256 {flag}") for flag in ("", "--compile"))
     assert (episodes(eager)[:, :2] == episodes(compiled)[:, :2]).all()

@@ -69,10 +69,10 @@ def test_the_plan_says_how_long_it_takes(tiny, capsys):
     run.print_plan(run.cells_of("tiny"), tiny)
     out, err = capsys.readouterr()
     assert [line.split()[:3] for line in out.splitlines()] == [
-        ["skip", "python", "algos/a2c.py"],
+        ["skip", "†", "python"],
         *[["run", "2", "min"]] * 2,
     ]
-    assert "2 runs of 0.1 hours" in err
+    assert "2 runs; 0.1 hours in all, as those recorded\n" in err
     other = run.Cell("ours", "a2c", "CartPole-v1", 1, 2000)
     assert run.expected_seconds(other, run.read_runs(tiny.results)) == pytest.approx(2000 * (120 / 3000 + 1.5) / 2)
 

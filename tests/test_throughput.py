@@ -160,7 +160,7 @@ def test_mbpo_is_held_against_sac():
     section = report.throughput_section(pd.concat([rows, rows.assign(work="ppo CartPole")]))
     assert "(47% of the whole here" in section and "| ours, updates † | 3 | 38 | 0.95 | 0.95 | 0.95 |" in section
     assert section.index("ppo CartPole") < section.index("MBPO against")
-    assert "slower there" not in section
+    assert "SB3 ran there" not in section
     both = pd.concat([rows.assign(machine="an older one", steps_per_second=1.0), rows])
     assert report.throughput_section(both).split("MBPO")[1] == section.split("MBPO")[1]
     work = throughput.WORKS["mbpo HalfCheetah"]
@@ -174,7 +174,7 @@ def test_machines_have_tables_of_their_own():
     ours = rows.assign(setting="eager", steps_per_second=rows["steps_per_second"] * [2, 2, 3])
     measurements = pd.concat([rows.assign(setting="sb3"), ours])
     section = report.throughput_section(measurements)
-    assert "SB3 was 1.0 to 3.0 times slower there than here." in section
+    assert "SB3 ran there at 0.3 to 1.0 times the speed it has here." in section
     one, other = section.split("\nother:\n")
     assert "\none:\n" in one and "| ppo CartPole | 1 | 8540 | 2.00 [2.00, 2.00] † |" in one
     assert "| a2c CartPole | 1 | 21240 | 2.00 [" in one and "| a2c CartPole | 1 | 7080 | 3.00 [" in other
@@ -264,14 +264,18 @@ def test_the_gpus_section():
     section = report.cuda_section(rows)
     assert f"| {work} | 1 | 117 | 1404 | 12.00 | 936 | 1.50 |" in section
     assert "a GPU, 16 cores" in section and "ppo_atari Pong" in section.split("Not measured yet:")[1]
-    assert f"over SB3 there: {work} 12.0 ×." in report.cuda_speeds(rows)
+    cpu = rows.assign(setting=["eager", "environment"], steps_per_second=[1201.0, 9999.0])
+    assert f"over SB3 there: {work} 12.0 × (measured once)." in report.cuda_speeds(rows, cpu)
+    faster = cpu.assign(setting="compile", steps_per_second=1405.0)
+    assert report.cuda_speeds(rows, pd.concat([cpu, faster])) == ""  # our CPU's compiled training is ahead of the GPU's
     for changed in (dict(code_sha256="older"), dict(flags="others")):
         assert f"| {work} † |" in report.cuda_section(rows.assign(**changed))
-        assert f"{work} 12.0 † ×." in report.cuda_speeds(rows.assign(**changed))
+        assert f"{work} 12.0 † × (" in report.cuda_speeds(rows.assign(**changed), cpu)
     second = rows.assign(round=2, steps_per_second=[1000.0, 100.0])
     assert "| 11.00 [10.00, 12.00] |" in report.cuda_section(pd.concat([rows, second]))
+    assert "11.0 × (2 rounds)." in report.cuda_speeds(pd.concat([rows, second]), cpu)
     both = pd.concat([rows.assign(machine="an older GPU", steps_per_second=1.0), rows])
-    assert report.cuda_section(both) == section and report.cuda_speeds(both) == report.cuda_speeds(rows)
+    assert report.cuda_section(both) == section and report.cuda_speeds(both, cpu) == report.cuda_speeds(rows, cpu)
 
 
 def test_what_was_tried_is_told(tmp_path):
