@@ -1,13 +1,14 @@
 """benchmarks/run.py: nothing measured twice and nothing lost, on this machine and on a Ray cluster."""
 
 import glob
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,6 +76,48 @@ def test_the_plan_says_how_long_it_takes(tiny, capsys):
     assert "2 runs; 0.1 hours in all, as those recorded\n" in err
     other = run.Cell("ours", "a2c", "CartPole-v1", 1, 2000)
     assert run.expected_seconds(other, run.read_runs(tiny.results)) == pytest.approx(2000 * (120 / 3000 + 1.5) / 2)
+
+
+@pytest.mark.parametrize(
+    "flags, work",
+    [
+        ([], run.ROOT / "runs" / "benchmarks"),
+        (["--results", "mine/results"], "mine/work"),
+        (["--results", "mine/results", "--work", "other"], "other"),
+    ],
+)
+def test_other_results_have_a_work_folder_of_their_own(monkeypatch, flags, work):
+    seen = []
+    monkeypatch.setattr(run, "print_plan", lambda todo, args: seen.append(args.work))
+    monkeypatch.setattr("sys.argv", ["", "smoke", "--dry-run", *flags])
+    run.main()
+    assert seen == [Path.cwd() / work]
+
+
+def test_what_other_code_has_measured_is_told(tiny, capsys, monkeypatch):
+    """At the end of a run, for the recorded; in a plan, also for what has finished and waits to be recorded."""
+    tiny.results.mkdir()
+    first, second, _ = run.cells_of("tiny")
+    rows = pd.DataFrame([(*astuple(first), 1.0, "older")], columns=[*run.KEY, "seconds", "code_sha256"])
+    rows.to_csv(tiny.results / "runs.csv", index=False)
+    folder = tiny.work / second.name
+    (folder / "run").mkdir(parents=True)
+    (folder / "stdout.txt").write_text("evaluation: 1.00 ± 1.00 over 10 episodes\nrun directory: x/run\n")
+    (folder / "run" / "args.json").write_text('{"args": {}, "versions": {}}')
+    for source, mark in (({}, []), ({"source_sha256": "older"}, ["†"])):
+        (folder / "meta.json").write_text(json.dumps(run.about_now(second) | source))
+        run.print_plan([first, second], tiny)
+        assert [x.split("python")[0].split() for x in capsys.readouterr().out.splitlines()] == [
+            ["skip", "†"],
+            ["record", *mark],
+        ]
+    monkeypatch.setattr(run, "run", lambda todo, args: 0)
+    monkeypatch.setattr("sys.argv", ["", "tiny", "--only", first.name, "--results", str(tiny.results)])
+    run.main()
+    assert "1 of 1 are of other code or flags (†): --rerun-changed" in capsys.readouterr().err
+    rows.assign(code_sha256=run.present_code(first)).to_csv(tiny.results / "runs.csv", index=False)
+    run.main()
+    assert capsys.readouterr().err == ""
 
 
 def test_what_says_that_a_run_has_finished_arrives_last(tmp_path, monkeypatch):
