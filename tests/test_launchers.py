@@ -118,6 +118,8 @@ def test_what_other_code_has_measured_is_told(tiny, capsys, monkeypatch):
     rows.assign(code_sha256=run.present_code(first)).to_csv(tiny.results / "runs.csv", index=False)
     run.main()
     assert capsys.readouterr().err == ""
+    run.print_plan([first], tiny)
+    assert capsys.readouterr().out.split()[:2] == ["skip", "python"]
 
 
 def test_what_says_that_a_run_has_finished_arrives_last(tmp_path, monkeypatch):
