@@ -119,6 +119,9 @@ def test_the_section_pools_pairs_of_enough_seeds(recorded, monkeypatch):
     assert "| difference |  | 0.000 [0.000, 0.000] | 0.000 [0.000, 0.000] |" in section
     assert "and 2 of our 6 were compiled. " in report.aggregate_section("classic", groups, runs, results)
     assert all((results.parent / "plots" / f"classic_{x}.png").exists() for x in ("all", "time"))
+    better = runs.copy()
+    better.loc["ours", "eval_mean"] = (better.loc["ours", "eval_mean"] + 477.8 / 10).to_numpy()
+    assert "| difference |  | 0.100 [0.1" in report.aggregate_section("classic", groups[:2], better, results)
     monkeypatch.setattr(report, "POOLED_SEEDS", 1)
     assert "seeds, here 1 to 2;" in report.aggregate_section("classic", groups, runs, results)
 

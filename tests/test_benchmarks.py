@@ -735,6 +735,8 @@ def test_a_fork_is_compared_with_its_original(variants, measured, monkeypatch):
     monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
     report.plot_suite([("forked", "CartPole-v1", 100_000)], runs, results, results / "plot.png")
     assert [x.get_text() for x in figures[0].legends[0].get_texts()] == ["ours", "a2c"]
+    few = runs.drop(index=[astuple(cell) for cell in cells[:3]])  # seed 4, which the original has not
+    assert report.comparison("forked", "CartPole-v1", 100_000, few, cells, results)["seeds"] == "1/5"
     alone = runs.drop(index="a2c", level="algo")
     row = report.comparison("forked", "CartPole-v1", 100_000, alone, cells, results)
     assert (row["seeds"], row["SB3"], row["difference"]) == ("4/5", "a2c —", "—") and row["ours"].startswith("152 [")
@@ -747,7 +749,9 @@ def test_a_page_of_ones_own(variants, measured, monkeypatch, tmp_path):
     shutil.copytree(results, mine)
     runs.assign(command="python …", date="2026-11-27", script_sha256="abc").to_csv(mine / "runs.csv")
     shutil.copy(RESULTS / "throughput.csv", mine)
-    (tmp_path / "root" / "README.md").write_text("another text")
+    lines = report.HEADLINE.splitlines()
+    readme = f"{lines[0]}\nthe repository's headline\n{lines[-1]}\n"
+    (tmp_path / "root" / "README.md").write_text(readme)
     monkeypatch.setattr("sys.argv", ["", "--results", str(mine), "--suites", "classic"])
     for _ in range(2):  # the second time over the first one's page
         report.main()
@@ -760,7 +764,10 @@ def test_a_page_of_ones_own(variants, measured, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["", "--results", str(mine)])
     report.main()  # with everything that is there: no headline of theirs for the README.md above
     assert "## Throughput" in (mine.parent / "README.md").read_text()
-    assert (tmp_path / "root" / "README.md").read_text() == "another text"
+    assert (tmp_path / "root" / "README.md").read_text() == readme
+    monkeypatch.setattr("sys.argv", ["", "--results", str(mine), "--suites", "smoke"])
+    report.main()
+    assert "## classic" not in (mine.parent / "README.md").read_text()
     shutil.move(mine, mine.parent / "others")
     for place in (mine.parent / "others", shutil.copytree(mine.parent / "others", tmp_path / "root" / "results")):
         monkeypatch.setattr("sys.argv", ["", "--results", str(place)])
@@ -846,6 +853,8 @@ def test_compounding_error_measures_what_is_missing(tmp_path, monkeypatch):
     rows = pd.read_csv(tmp_path / "compounding_error.csv", index_col=compounding_error.KEY)
     assert list(rows.index) == cells and list(rows.mistakes) == [cell[1] / 4 for cell in cells]
     assert "## Compounding error" in report.compounding(tmp_path) and "† |" not in report.compounding(tmp_path)
+    excess = max(x / 4 / y - 1 for x, y in zip(report.HORIZONS, report.expected_mistakes()["bc"]))
+    assert f"up to {excess:.0%} off what is expected" in report.compounding(tmp_path)
     assert (tmp_path.parent / "plots" / "compounding_error.png").exists()
     rows.drop(index=[("bc", 10, 1)]).assign(code_sha256="older").to_csv(tmp_path / "compounding_error.csv")
     assert "1 seeds" in report.compounding(tmp_path) and "| bc † |" in report.compounding(tmp_path)

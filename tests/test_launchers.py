@@ -74,6 +74,8 @@ def test_the_plan_says_how_long_it_takes(tiny, capsys):
         *[["run", "2", "min"]] * 2,
     ]
     assert "2 runs; 0.1 hours in all, as those recorded\n" in err
+    run.print_plan(run.cells_of("smoke"), replace(tiny, results=tiny.results / "new"))  # the committed runs' times
+    assert capsys.readouterr().out.count(" min ") == 4
     other = run.Cell("ours", "a2c", "CartPole-v1", 1, 2000)
     assert run.expected_seconds(other, run.read_runs(tiny.results)) == pytest.approx(2000 * (120 / 3000 + 1.5) / 2)
 
