@@ -296,8 +296,8 @@ step, and the part of them that is spent in each place{changed}. Machine: {machi
 
 - **environment**: the part that is spent in the environments' steps. The last two columns are the time of one step, in
   training and alone, with random actions and nothing between two steps. In training it is longer: by up to a half where
-  a rollout is collected at once, and by a multiple where an update comes between two steps (DQN, DDPG, TD3, SAC). Why is
-  not measured here; cold caches, and with two threads PyTorch's second one on the other core, would do it.
+  a rollout is collected at once, and by a multiple where an update comes between two steps (DQN, DDPG, TD3, SAC). Why
+  is not measured here; cold caches, and with two threads PyTorch's second one on the other core, would do it.
 - **gradient**: targets, loss, backward pass and the bound on its norm. TRPO's includes the search for the step
   (compiled is only its critic's), that of PPO on pixels the optimiser.
 - **the rest**: acting, advantages, minibatches of a rollout, logging, and Python between them.
