@@ -1245,7 +1245,9 @@ def main() -> None:
     runs = read_runs(args.results)
     if runs.empty:
         sys.exit(f"{args.results / 'runs.csv'} has no runs yet; python benchmarks/run.py classic measures some")
-    ours = args.results.resolve().parts[-2:] == RESULTS.parts[-2:] and not args.suites  # the repository's own page
+    ours = args.results.resolve().parts[-2:] == RESULTS.parts[-2:]  # the repository's own page
+    if ours and args.suites:
+        sys.exit(f"--suites would leave the rest out of {args.results.parent / 'README.md'}; give it other --results")
     flags = "" if ours else f" --results {args.results}" + (f" --suites {' '.join(args.suites)}" if args.suites else "")
     path, head = args.results.parent / "README.md", HEAD.format(flags=flags, results=args.results.name)
     check_page(path, head, args.results)

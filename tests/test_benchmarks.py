@@ -776,6 +776,10 @@ def test_a_page_of_ones_own(variants, measured, monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["", "--suites", "classics"])
     with pytest.raises(SystemExit, match="--suites classics: no such suite; benchmarks/suites.py has smoke, classic"):
         report.main()
+    monkeypatch.setattr("sys.argv", ["", "--suites", "classic"])
+    monkeypatch.setattr(Path, "write_text", lambda *_: pytest.fail("the committed page was written over"))
+    with pytest.raises(SystemExit, match="--suites would leave the rest out of .*README.md; give it --results"):
+        report.main()
     text = report.variants("mine")
     assert text.startswith(
         "- forked: `algos/a2c.py --gamma 0.9`, against a2c, which stands in SB3's place.\n- long: `algos"
