@@ -778,7 +778,7 @@ def test_a_page_of_ones_own(variants, measured, monkeypatch, tmp_path):
         report.main()
     monkeypatch.setattr("sys.argv", ["", "--suites", "classic"])
     monkeypatch.setattr(Path, "write_text", lambda *_: pytest.fail("the committed page was written over"))
-    with pytest.raises(SystemExit, match="--suites would leave the rest out of .*README.md; give it --results"):
+    with pytest.raises(SystemExit, match="--suites would leave the rest out of .*README.md; give it other --results"):
         report.main()
     text = report.variants("mine")
     assert text.startswith(
