@@ -18,7 +18,8 @@ Details that matter, and why:
   into the environment, so one noise level fits every space.
 
 Against the paper, as in most later work: the action enters the critic at its first layer; no batch normalisation, no
-weight decay, one learning rate, PyTorch's initialisation; Gaussian noise by default, and random actions first.
+weight decay, one learning rate, τ = 0.005 for 0.001, minibatches of 256 for 64, PyTorch's initialisation in the last
+layer too; Gaussian noise by default, and random actions first.
 Against Stable-Baselines3: the same update (parameters agree to 1e-5 after many updates, tests/test_ddpg.py). SB3 draws
 its Ornstein-Uhlenbeck noise in steps of dt = 0.01 unless told otherwise, here dt = 1; the paper names none.
 

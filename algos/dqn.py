@@ -7,7 +7,7 @@ minibatches from it, towards targets from a copy Q_θ⁻ of the network that is 
     a*   = argmax_a Q_θ(s_{t+m}, a)                          Double DQN; plain DQN lets Q_θ⁻ choose as well
     L(θ) = E[ℓ(Q_θ(s_t, a_t) − y_t)]                         ℓ: Huber with threshold 1, or half the square
 
-where m = n (`--n-step`, 1 by default), or less where the episode ends before. Details that matter, and why:
+where m = n (`--n-step`), or less where the episode ends before. Details that matter, and why:
 - Double DQN: the maximum over noisy estimates is too high; choosing with one network and judging with the other
   takes most of that out.
 - A time limit is not a termination: a truncated step bootstraps from its true final observation.
@@ -17,14 +17,14 @@ where m = n (`--n-step`, 1 by default), or less where the episode ends before. D
   differ by much more than 1, Huber finds something near their median, not their mean: then `--loss squared`.
 - At a constant learning rate the greedy policy is good at one moment and bad at the next: `--anneal-lr` where the
   last one counts.
-- Transitions lie in tensors that are allocated once, observations in their own type (uint8 stays uint8).
+- Transitions lie in tensors that are allocated once; observations of uint8 stay uint8, others become float32.
 
 Against Stable-Baselines3: the same update with `--no-double` (parameters agree to 1e-5 after many updates, n-step
 windows included, tests/test_dqn.py); SB3 has no Double DQN, no Boltzmann exploration and no squared loss.
 
     python algos/dqn.py                              # CartPole-v1
     python algos/dqn.py --env-id Acrobot-v1          # with its recommended settings
-    python algos/dqn.py --n-step 3 --exploration boltzmann --exploration-end 0.5
+    python algos/dqn.py --n-step 5 --exploration boltzmann --exploration-end 0.5
     python algos/dqn.py --resume runs/Acrobot-v1__dqn__1__…
     torchrun --nproc-per-node 2 algos/dqn.py         # data parallel: each process has its own environments and buffer
                                                      # (but after --resume all of them begin with rank 0's buffer)
@@ -330,8 +330,8 @@ def n_step_transitions(buffer: ReplayBuffer, rows: Tensor, n: int, gamma: float)
 def q_target(rewards, terminated, discounts, next_target_q: Tensor, next_q: Tensor | None = None) -> Tensor:
     """y = r + γᵐ Q_θ⁻(s', a*), shape (B,), without the second term where s' is terminal.
 
-    Q_θ⁻(s', ·) is `next_target_q` (B, A). a* is what `next_q`, Q_θ(s', ·), holds highest (Double DQN, arXiv
-    1509.06461, eq. 4), or without it what Q_θ⁻ does (DQN, eq. 3).
+    Q_θ⁻(s', ·) is `next_target_q` (B, A). a* is what `next_q`, Q_θ(s', ·), holds highest (Double DQN, the
+    unnumbered equation of arXiv 1509.06461), or without it what Q_θ⁻ does (DQN, eq. 3 there).
     """
     choosing = next_target_q if next_q is None else next_q
     next_values = next_target_q.gather(1, choosing.argmax(1, keepdim=True)).squeeze(1)

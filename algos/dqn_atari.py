@@ -333,8 +333,8 @@ def epsilon_greedy(q_values: Tensor, epsilon: float) -> Tensor:
 def q_target(rewards, terminated, discounts, next_target_q: Tensor, next_q: Tensor | None = None) -> Tensor:
     """y = r + γᵐ Q_θ⁻(s', a*), shape (B,), without the second term where s' is terminal.
 
-    Q_θ⁻(s', ·) is `next_target_q` (B, A). a* is what `next_q`, Q_θ(s', ·), holds highest (Double DQN, arXiv
-    1509.06461, eq. 4), or without it what Q_θ⁻ does (DQN, eq. 3).
+    Q_θ⁻(s', ·) is `next_target_q` (B, A). a* is what `next_q`, Q_θ(s', ·), holds highest (Double DQN, the
+    unnumbered equation of arXiv 1509.06461), or without it what Q_θ⁻ does (DQN, eq. 3 there).
     """
     choosing = next_target_q if next_q is None else next_q
     next_values = next_target_q.gather(1, choosing.argmax(1, keepdim=True)).squeeze(1)

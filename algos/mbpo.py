@@ -1,7 +1,7 @@
 """MBPO: model-based policy optimisation (Janner et al. 2019, arXiv 1906.08253): SAC on what a learned model imagines.
 
-Every few hundred steps in the environment, an ensemble of probabilistic networks learns from all of them what a step
-does (algorithm 2),
+Every `--model-frequency` steps in the environment, an ensemble of probabilistic networks learns from all of them what
+a step does (algorithm 2),
 
     p_θᵢ(s', r | s, a) = N(μ_i(s, a), diag σ_i²(s, a))      of the change s' − s and of r, i = 1 … M
     L(θ) = Σ_i E[−log p_θᵢ(s', r | s, a)]                    each member on its own bootstrap of the data
@@ -20,22 +20,25 @@ real in small part. Details that matter, and why:
 - Imagined episodes end where the environment's would: by its own rule, for the environments in TERMINATION, or by what
   the ensemble learns of it. No rollout goes on past an end.
 - D_model holds what the last `--model-buffer-age` steps' models have imagined: older rollouts are of older policies.
+  It is of one size for that many full rollouts, so that where they end early older ones stay.
 - Where data are few, an epoch is a few gradient steps: `--model-batch-size` and `--patience` must let the model learn
   all the same, or the policy learns in a world that is wrong. Where nothing in an environment is chaotic, as in
   Pendulum-v1, long rollouts show the policy what has not been visited yet.
 
 `--value-expansion H` uses the model otherwise: the minibatches are real, and the critics' targets are rewards of H
 imagined steps and the value after them, for the real step and for each imagined one (MVE, arXiv 1803.00101).
-`--real-ratio 1` leaves the model out: SAC.
+`--real-ratio` then has no use; without value expansion `--real-ratio 1` leaves the model out: SAC.
 
-Against Stable-Baselines3, which has no MBPO: with real data alone the update is SAC's, to 1e-5 (tests/test_mbpo.py).
+Against Stable-Baselines3, which has no MBPO: with real data alone this is sac.py, bit for bit (tests/test_mbpo.py),
+whose parameters agree with SB3's to 1e-5 (tests/test_sac.py).
 
     python algos/mbpo.py                                     # Pendulum-v1: solved (−175) after 300 to 800 steps, where
                                                              # sac.py needs 2800 to 3800; benchmarks/README.md
     python algos/mbpo.py --env-id HalfCheetah-v5 --compile
     python algos/mbpo.py --value-expansion 3
     torchrun --nproc-per-node 2 algos/mbpo.py                # data parallel: each process has its own environments,
-                                                             # buffers and bootstraps
+                                                             # buffers and bootstraps, but after --resume
+                                                             # all begin with rank 0's buffers
 """
 
 import argparse
@@ -128,9 +131,9 @@ class Args:
     rollout_lengths: tuple[int, int, int, int] = (1, 1, 0, 1)
     """steps of a rollout: k₁ k₂ t₁ t₂ for a length that grows from k₁ at environment step t₁ to k₂ at t₂"""
     model_buffer_age: int = 1_000
-    """environment steps after which an imagined transition is forgotten"""
+    """environment steps after which an imagined transition is forgotten; later where rollouts end early"""
     real_ratio: float = 0.05
-    """share of real transitions in a minibatch; 1 makes no use of the model"""
+    """share of real transitions in a minibatch, without value expansion; 1 makes no use of the model"""
     value_expansion: int | None = None
     """H imagined steps in the targets of real minibatches, instead of imagined minibatches"""
 
@@ -491,7 +494,7 @@ def never(next_states: Tensor) -> Tensor:
 
 
 def hopper_falls(next_states: Tensor) -> Tensor:
-    """Height, angle and every other coordinate out of their healthy range."""
+    """Height, angle or any other coordinate out of its healthy range."""
     height, angle, others = next_states[:, 0], next_states[:, 1], next_states[:, 1:]
     return ~((height > 0.7) & (angle.abs() < 0.2) & (others.abs() < 100).all(-1))
 
@@ -517,7 +520,7 @@ TERMINATION: dict[str, Callable[[Tensor], Tensor]] = {
     "Ant-v5": lambda x: ~((0.2 <= x[:, 0]) & (x[:, 0] <= 1) & x.isfinite().all(-1)),
     "Humanoid-v5": lambda x: ~((1 < x[:, 0]) & (x[:, 0] < 2)),
 }
-"""Whether states (B, D) that a step has led to are terminal (B,), by gymnasium's own definitions."""
+"""Whether states (B, D) that a step has led to are terminal (B,): gymnasium's, where gym.make is given no options."""
 
 
 def unstandardised(data: Transitions) -> tuple[Tensor, Tensor]:
@@ -539,8 +542,8 @@ def termination_loss(logits: Tensor, terminated: Tensor) -> Tensor:
 def model_loss(model: DynamicsEnsemble, inputs: Tensor, outputs: Tensor, terminated: Tensor, decay: float) -> Tensor:
     """Σ_i of each member's negative log-likelihood on its own minibatch, (M, B, …) standardised, and weight decay.
 
-    The bounds of log σ² are drawn together a little: else the upper one stays where it begins (arXiv 1805.12114,
-    appendix A.1).
+    The bounds of log σ² are drawn together a little, to the variances that the data have (arXiv 1805.12114, appendix
+    A.1).
     """
     mean, log_variance, logits = model(inputs)
     loss = gaussian_nll(mean, log_variance, outputs).mean(1).sum()
@@ -561,7 +564,8 @@ def learn_model(model, optimizer, data: Transitions, args: Args, gradient_of=mod
 
     Better by the square of its error, which a few surprises do not blow up as they do the likelihood; where it learns
     terminations, with their loss. Each member keeps the weights with which it was best, and the best members become
-    the elites. Returns the held-out likelihood and error, means over members (in nats and in output σ²), and epochs.
+    the elites. Returns means over members, on the held-out part: the negative log-likelihood in nats, the square error
+    in σ² of the outputs (where terminations are learned, with their loss in nats), and the epochs.
     """
     model.standardise(data)
     inputs, outputs = unstandardised(data)
@@ -694,7 +698,7 @@ def sac_actor_loss(agent, states: Tensor, noise: Tensor, alpha: Tensor, use_mean
 
 
 def temperature_loss(log_alpha: Tensor, log_probs: Tensor, target_entropy: float) -> Tensor:
-    """L(α): descending it lowers α where the entropy is above its target (arXiv 1812.05905, section 5; log α for α)."""
+    """L(α): descending it lowers α where the entropy is above its target (arXiv 1812.05905, eq. 18; log α for α)."""
     return -log_alpha * (log_probs.detach().mean() + target_entropy)
 
 
@@ -704,7 +708,7 @@ def value_expansion_loss(model, agent, target, batch: Transitions, noise, member
     The noise (H + 1, B, A) is that of the policy after the real step.
     v_H = min_i Q_θ⁻ᵢ(ŝ_H, â_H) − α log π(â_H|ŝ_H);   y_t = r̂_t + γ v_{t+1} and v_t = y_t − α log π(â_t|ŝ_t) for t < H.
     y_t is the target of Q(ŝ_t, â_t) and r + γ v_0 that of Q(s, a), of which the former sees states that the model leads
-    to (arXiv 1803.00101, equations 2 and 3); ŝ_0 is the real s'. After a termination nothing follows.
+    to (the TD-k trick of arXiv 1803.00101); ŝ_0 is the real s'. After a termination nothing follows.
     """
     alpha = agent.alpha
     with torch.no_grad():
@@ -839,7 +843,8 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
 # Training ---------------------------------------------------------------------------------------------------
 
 LOG_EVERY = 250
-"""Environment steps between two points of losses/*, which are means over the updates since the last one."""
+"""Environment steps between two points of losses/*, which are means over the updates since the last one; losses/model_*
+are of the last training."""
 ERROR_HORIZON = 5
 """Steps k of charts/k_step_error."""
 

@@ -374,7 +374,7 @@ def sac_actor_loss(agent, states: Tensor, noise: Tensor, alpha: Tensor, use_mean
 
 
 def temperature_loss(log_alpha: Tensor, log_probs: Tensor, target_entropy: float) -> Tensor:
-    """L(α): descending it lowers α where the entropy is above its target (arXiv 1812.05905, section 5; log α for α)."""
+    """L(α): descending it lowers α where the entropy is above its target (arXiv 1812.05905, eq. 18; log α for α)."""
     return -log_alpha * (log_probs.detach().mean() + target_entropy)
 
 
