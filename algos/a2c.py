@@ -15,12 +15,13 @@ with Â and R̂ as constants. Details that matter, and why:
 - Orthogonal initialisation, gain √2, and 0.01 for the policy's last layer: the first policy is near uniform.
 - Box actions come from a Gaussian and are clipped to the space only on their way into the environment.
 
-Two textbook algorithms are settings of this one. Online actor-critic (often Algorithm 5), an update after every
-single step: `--num-envs 1 --num-steps 1`. Batch actor-critic (Algorithm 4), one-step advantages over a long batch:
-`--gae-lambda 0 --num-steps 256`; the critic takes one step per batch and is not fitted to the end first.
+Two textbook algorithms are settings of this one. Online actor-critic, an update after every single step: `--num-envs 1
+--num-steps 1`. Batch actor-critic, one-step advantages over a long batch: `--gae-lambda 0 --num-steps 256`; the critic
+takes one step per batch and is not fitted to the end first.
 
 Against Stable-Baselines3: the same update (parameters agree to 1e-5 after many rollouts, tests/test_a2c.py).
-SB3's VecNormalize moves its statistics at every step, here they move once per rollout.
+SB3's VecNormalize moves its statistics at every step, here they move once per rollout. SB3 reads its learning rate
+after a rollout, here it is read before it.
 
     python algos/a2c.py                              # CartPole-v1
     python algos/a2c.py --env-id Pendulum-v1         # with its recommended settings

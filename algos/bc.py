@@ -18,7 +18,8 @@ Details that matter, and why:
 
 The expert: `--expert` takes the policy.pt2 of any script here or a model of Stable-Baselines3 (.zip; loading one can
 execute code that is in it). Without it one is trained by Stable-Baselines3 and kept in {output-dir}/experts.
-`--dataset` takes a Minari dataset instead, and `--save-dataset` writes one (both need `pip install "minari[hdf5]"`).
+`--dataset` takes a Minari dataset instead, and `--save-dataset` writes one (both need
+`pip install "minari[hdf5]"`, and a download `"minari[hdf5,hf]"`).
 
     python algos/bc.py                                            # CartPole-v1; trains an expert first
     python algos/bc.py --env-id HalfCheetah-v5 --expert runs/HalfCheetah-v5__sac__1__…/policy.pt2
@@ -176,7 +177,7 @@ def gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 class GaussianHead(nn.Module):
-    """N(μ(o), σ²), with one σ for all observations; its likeliest mean is least squares' whatever σ is."""
+    """N(μ(o), σ²), with one σ (A,) for all observations: its likeliest mean is least squares', weighted by 1/σ²."""
 
     def __init__(self, features: int, actions: int):
         super().__init__()
@@ -305,7 +306,7 @@ class ClonedPolicy(nn.Module):
         return x if self.trunk is None else self.trunk(x)
 
     def log_prob(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """log π(a|o) (B,) of actions in the environment's units, Box actions' density being that of the scaled ones."""
+        """log π(a|o) (B,) of actions in the environment's units; a Box's density, or bins' mass, is of scaled ones."""
         if self.discrete:
             scaled = actions - int(self.action_space.start)
         else:

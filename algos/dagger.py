@@ -17,6 +17,8 @@ Details that matter, and why:
 - Labels cost: charts/labels counts them, one for every environment step.
 - The loss ℓ is the cross-entropy for Discrete actions, and the square for a Box, whose bounds become [−1, 1].
 
+- The last learner is exported and evaluated; the paper ends with the one that does best on validation.
+
 The expert: `--expert` takes the policy.pt2 of any script here or a model of Stable-Baselines3 (.zip; loading one can
 execute code that is in it). Without it one is trained by Stable-Baselines3 and kept in {output-dir}/experts.
 

@@ -14,7 +14,8 @@ with a convolutional network. Details that matter, and why:
 - Two protocols. `machado` (Machado et al. 2018, arXiv 1709.06009): the emulator repeats the last action with
   probability 0.25, and a lost life is no termination. `nature` (Mnih et al. 2015): no such repetition, up to 30 frames
   without action at the start, and a lost life is a termination for learning, though the game goes on; FIRE is pressed
-  for the agent at a game's start, and not after a lost life. Under both a game ends after 108 000 frames at the latest.
+  for the agent at a game's start, as in OpenAI's Baselines, but not after a lost life. Under both a game ends after
+  108 000 frames at the latest: papers that stop at 18 000, 5 minutes, have lower scores where games are long.
 - The training reward is the sign of the game's, so that one step size does for all games; what is logged and evaluated
   is the score of full games, unclipped, under both protocols.
 - ε falls from 1 to 0.01 over the first tenth of the run; one gradient step for every 4 steps, after 80k random ones:

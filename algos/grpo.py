@@ -13,14 +13,15 @@ the verifier's score the return. Details that matter, and why:
 - What a state is worth is what the group gets from it: its mean return takes the place of V(s_0).
 - One reset seed per group also fixes the environment's later luck: returns differ by the actions alone.
 - A group of equal returns says nothing: its advantages are exactly 0.
-- --no-std-normalisation is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): divided by their deviation, groups of
-  nearly equal returns weigh as much as those where something was at stake.
+- --no-std-normalisation has Dr. GRPO's advantages (Liu et al. 2025, arXiv 2503.20783): divided by their deviation,
+  groups of nearly equal returns weigh as much as those where something was at stake.
 - Few gradient steps per iteration: a whole return says little about one action, and many epochs fit its noise.
 - The loss is a mean over all steps. A mean over each episode's own steps first, as in the paper, makes a step of
-  a long episode weigh less, good or bad; Dr. GRPO names that bias too.
+  a long episode weigh less, good or bad; Dr. GRPO names that bias too, and divides by a constant.
 - --reward-to-go compares R_{i,t} = Σ_{k≥t} γ^{k−t} r_{i,k} with the group's at the same time, 0 once ended.
-- β E[q − 1 − log q] ("k3") is never negative, and KL(π_θ ‖ π_ref) in the mean. Its gradient is that of
-  KL(π_ref ‖ π_θ). π_ref is a copy of the policy, observation statistics included, renewed every so many iterations.
+- β E[q − 1 − log q] ("k3") is never negative, and over π_θ's own actions KL(π_θ ‖ π_ref) in the mean, its gradient
+  that of KL(π_ref ‖ π_θ); after the first step of an iteration the actions are an older policy's. π_ref is a copy
+  of the policy, observation statistics included, renewed every so many iterations.
 - An episode that a time limit cuts: there is no critic to say what is missing, so R ends at the cut. That is exact
   for the return up to the limit, which is what evaluation measures.
 - An environment that is done steps on idly until the longest episode ends: steps that are simulated, but not counted.
@@ -31,7 +32,7 @@ as the group's mean has the episode itself in it, times episodes/steps, a sum ov
 steps here (tests/test_grpo.py). No counterpart in Stable-Baselines3; the clipped objective is ppo.py's.
 
     python algos/grpo.py                          # CartPole-v1
-    python algos/grpo.py --no-std-normalisation   # Dr. GRPO
+    python algos/grpo.py --no-std-normalisation   # Dr. GRPO's advantages
     python algos/grpo.py --env-id Pendulum-v1     # with its recommended settings
     python algos/grpo.py --resume runs/CartPole-v1__grpo__1__…
     torchrun --nproc-per-node 2 algos/grpo.py     # data parallel: each process plays its own groups
@@ -103,7 +104,7 @@ class Args:
     groups: int = 1
     """groups per iteration (per process); groups × G episodes are played --num-envs at a time"""
     std_normalisation: bool = True
-    """divide advantages by the group's deviation; off: Dr. GRPO"""
+    """divide advantages by the group's deviation; off: as in Dr. GRPO"""
     reward_to_go: bool = False
     """compare what each action was followed by with the group's at that time, not the return of the whole episode"""
     gamma: float = 0.99
@@ -496,7 +497,7 @@ def train(args: Args) -> dict:
         if policy.observation_statistics is not None:
             policy.observation_statistics.update(observations)
             for x in policy.observation_statistics.buffers():
-                x.copy_(average(x))  # the processes played different numbers of steps
+                x.copy_(average(x))  # each merged its own steps, however many: their mean, not one merge
 
         # Log.
         losses = average(torch.cat([torch.stack(metrics).mean(0), returns.mean(0, keepdim=True)])).tolist()

@@ -27,9 +27,10 @@ The critic does the same with the loss E[(V − R̂)²]/2, the Gauss-Newton matr
 - The critic's δ is a share of its squared error, so it has no unit of reward: δ for N(V(s), σ²), σ² that error.
 - A time limit is not a termination: a truncated step bootstraps from its true final observation.
 
-Against ACKTR: actor and critic share no layers and take separate steps, which keeps their curvatures apart; the
-critic's δ is relative to its error, where ACKTR has σ = 1; advantages are GAE(λ), not n-step. The authors' code also
-has momentum 0.9, clips gradients, draws noise for the critic's factors and inverts in a thread of its own: not here.
+Against ACKTR on Atari: actor and critic share no layers and take separate steps, which keeps their curvatures apart,
+and advantages are GAE(λ), not n-step; the authors' code for MuJoCo does both as well. The critic's δ is relative to
+its error, where ACKTR has σ = 1. Their code also has momentum 0.9, on Atari clips gradients, draws noise for the
+critic's factors and inverts in a thread of its own: not here.
 
     python algos/kfac.py                              # CartPole-v1
     python algos/kfac.py --env-id HalfCheetah-v5 --seed 3

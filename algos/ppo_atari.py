@@ -10,15 +10,17 @@ with one convolutional network that ends in both the policy and the value. Detai
 - Two protocols. `machado` (Machado et al. 2018, arXiv 1709.06009): the emulator repeats the last action with
   probability 0.25, and a lost life is no termination. `nature` (Mnih et al. 2015): no such repetition, up to 30 frames
   without action at the start, and a lost life is a termination for learning, though the game goes on; FIRE is pressed
-  for the agent at a game's start, and not after a lost life. Under both a game ends after 108 000 frames at the latest.
+  for the agent at a game's start, as in OpenAI's Baselines, but not after a lost life. Under both a game ends after
+  108 000 frames at the latest: papers that stop at 18 000, 5 minutes, have lower scores where games are long.
 - The training reward is the sign of the game's, so that one step size does for all games; what is logged and evaluated
   is the score of full games, unclipped, under both protocols.
 - Observations stay uint8 until the device; there they become [0, 1], channels last.
-- Log-probabilities and values are those of acting: one forward pass for each step, and one more where a time limit
-  (108 000 frames) ends a game, for the value of its final observation.
+- Log-probabilities and values are those of acting: one forward pass for each step, one more at the rollout's end,
+  and one where a time limit (108 000 frames) ends a game, for the value of its final observation.
 - Orthogonal initialisation, gain √2, 0.01 for the policy's layer and 1 for the value's; Adam's ε is 1e-5.
 
 Against Stable-Baselines3: the same update as PPO with CnnPolicy (parameters agree to 1e-4, tests/test_ppo_atari.py).
+SB3 reads its schedules after a rollout, here they are read before it.
 
     python algos/ppo_atari.py --torch-threads 4              # ALE/Pong-v5
     python algos/ppo_atari.py --env-id ALE/Breakout-v5 --protocol nature

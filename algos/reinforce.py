@@ -9,7 +9,7 @@ Each iteration plays N episodes with the current policy, one per environment, an
 Any baseline b that knows nothing of a_{i,t} leaves the expectation as it is and changes the variance:
 
     none      b = 0
-    mean      b_{i,t} = 1/(N−1) Σ_{j≠i} R_{j,t}                the other episodes at the same time; 0 once ended
+    mean      b_{i,t} = 1/(N−1) Σ_{j≠i} R_{j,t}                the other episodes then; their R to go is 0 once ended
     optimal   b_i = Σ_{j≠i} g_j·h_j / Σ_{j≠i} |g_j|²           g_j = Σ_t ∇log π_t,  h_j = Σ_t ∇log π_t R_{j,t}
     value     b_{i,t} = V(s_{i,t})                             a network that is fitted to the returns
 
@@ -29,8 +29,9 @@ whole returns h = R g, and it is E[|g|²R] / E[|g|²]. Details that matter, and 
   scale. Not by its deviation, which is 0 where all of them are equal.
 - Data parallel: that root mean square and V's loss are over each process's own steps, however many those are.
 
-No counterpart in Stable-Baselines3; where its A2C coincides (λ = 1, whole episodes of one length) parameters agree to
-1e-5, and the mean of many estimates is the exact gradient of a small MDP (tests/test_reinforce.py).
+No counterpart in Stable-Baselines3; where its A2C coincides (λ = 1, whole episodes of one length, step sizes for its
+mean over time in place of the sum here) parameters agree to 1e-5, and the mean of many estimates is the exact gradient
+of a small MDP (tests/test_reinforce.py).
 
     python algos/reinforce.py                               # CartPole-v1
     python algos/reinforce.py --baseline none               # feel the variance
@@ -272,7 +273,7 @@ def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
 
 
 def add_final_values(rewards: Tensor, running: Tensor, final_values: Tensor, gamma: float) -> Tensor:
-    """Rewards (T, N) with γ V(final observation) in each episode's last one; `final_values` (N,) is that V."""
+    """Rewards (T, N) with γ V(final observation) in each episode's last one; `final_values` (N,): V, 0 if terminal."""
     last = running & ~torch.cat([running[1:], torch.zeros_like(running[:1])])
     return rewards + gamma * final_values * last
 
@@ -485,7 +486,7 @@ def train(args: Args) -> dict:
         if policy.observation_statistics is not None:
             policy.observation_statistics.update(observations[running])
             for x in policy.observation_statistics.buffers():
-                x.copy_(average(x))  # the processes played different numbers of steps
+                x.copy_(average(x))  # each merged its own steps, however many: their mean, not one merge
 
         # Log.
         run.log(dict(zip(losses, average(torch.stack([*losses.values()])).tolist())), learning_rate=lr)
