@@ -433,9 +433,8 @@ REPRODUCE = """
 {commands}
 ```
 
-Each leaves alone what `results/` already holds; `throughput.py` keeps what other machines have measured and adds
-its own. To measure everything again, give each of them, `report.py` too, `--results NEW/results`: the page is then
-`NEW/README.md`.
+Each leaves alone what `results/` already holds. {machines}To measure everything again, give each
+of them, `report.py` too, `--results NEW/results`: the page is then `NEW/README.md`.
 `run.py --rerun-changed` measures anew what is marked † or was measured with another version of SB3.
 
 ## Raw data
@@ -1271,6 +1270,7 @@ def main() -> None:
     commands = [f"run.py {suite} --workers 2{where}" for suite in suites] + (ELSE if ours else [])
     page += REPRODUCE.format(
         commands="\n".join(f"python benchmarks/{x}" for x in [*commands, f"report.py{flags}"]),
+        machines="`throughput.py` keeps what other machines have measured and adds its own. " if ours else "",
         results="benchmarks/results" if ours else args.results,
         example=Cell(*runs.index[0]).name,
     )

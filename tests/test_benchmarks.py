@@ -758,6 +758,7 @@ def test_a_page_of_ones_own(variants, measured, monkeypatch, tmp_path):
     page = (mine.parent / "README.md").read_text()
     assert f"`python benchmarks/report.py --results {mine} --suites classic` from [results/](results/)" in page
     assert f"python benchmarks/run.py classic --workers 2 --results {mine}\n" in page and "## Throughput" not in page
+    assert "holds. To measure" in page and "`throughput.py`" not in page
     assert f'pd.read_csv("{mine}/runs.csv")' in page and "benchmarks/results" not in page
     (link,) = {x for x in re.findall(r"\]\(([^)]*sb3\.py)\)", page)}
     assert (mine.parent / link).resolve() == ROOT / "benchmarks" / "sb3.py"
