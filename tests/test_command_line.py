@@ -687,6 +687,26 @@ def test_policy_pt2_alone_acts_like_the_checkpoints_network(algo, alone, request
             path.unlink()
 
 
+def test_the_readmes_lines_play_with_policy_pt2(algo, alone, request, monkeypatch):
+    if TINY[algo].pixels:
+        pytest.skip("its environments are no gymnasium.make's")
+    (code,) = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.S)
+    make, steps = gym.make, []
+    for run_dir in [alone.dir] + ([request.getfixturevalue("boxes")] if TINY[algo].boxes else []):
+
+        def played(env_id, render_mode, run_dir=run_dir):
+            assert (env_id, render_mode) == ("CartPole-v1", "human")  # there may be no screen here
+            env = make(json.loads((run_dir / "args.json").read_text())["args"]["env_id"])
+            step = env.step
+            env.step = lambda action: steps.append(env.action_space.contains(action)) or step(action)
+            return env
+
+        monkeypatch.setattr(gym, "make", played)
+        exec(code.replace("runs/…", str(run_dir)).replace("1000", "100"), {})
+        assert len(steps) == 100 and all(steps)
+        steps.clear()
+
+
 # Refusals ---------------------------------------------------------------------------------------------------
 
 REFUSALS = (
