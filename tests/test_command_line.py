@@ -687,10 +687,32 @@ def test_policy_pt2_alone_acts_like_the_checkpoints_network(algo, alone, request
             path.unlink()
 
 
+def readmes_python() -> list[str]:
+    """README.md's blocks of Python."""
+    return re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_the_readmes_sweep(capsys, monkeypatch):
+    """Which trains with the recommended settings, and with the flags that it gives."""
+    monkeypatch.syspath_prepend(ROOT / "algos")
+    _, code = readmes_python()
+    tiny = ["--total-timesteps", "256", "--eval-episodes", "1"]
+    ppo = importlib.import_module("ppo")
+    parse_args = ppo.parse_args
+    monkeypatch.setattr(ppo, "parse_args", lambda argv: parse_args([*argv, *tiny]))
+    exec(code, {})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("0.0003 ", "0.001 "))]
+    assert len(lines) == 2 and lines[0][2] != lines[1][2]
+    for learning_rate, _, run_dir in lines:
+        args = json.loads((Path(run_dir) / "args.json").read_text())["args"]
+        assert (args["learning_rate"], args["env_id"]) == (float(learning_rate), "CartPole-v1")
+        assert args["gamma"] == ppo.RECOMMENDED["CartPole-v1"]["gamma"] != ppo.Args().gamma
+
+
 def test_the_readmes_lines_play_with_policy_pt2(algo, alone, request, monkeypatch):
     if TINY[algo].pixels:
         pytest.skip("its environments are no gymnasium.make's")
-    (code,) = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.S)
+    code, _ = readmes_python()
     make, steps = gym.make, []
     for run_dir in [alone.dir] + ([request.getfixturevalue("boxes")] if TINY[algo].boxes else []):
 
