@@ -11,7 +11,7 @@ with one convolutional network that ends in both the policy and the value. Detai
   probability 0.25, and a lost life is no termination. `nature` (Mnih et al. 2015): no such repetition, up to 30 frames
   without action at the start, and a lost life is a termination for learning, though the game goes on; FIRE is pressed
   for the agent at a game's start, as in OpenAI's Baselines, but not after a lost life. Under both a game ends after
-  108 000 frames at the latest: papers that stop at 18 000, 5 minutes, have lower scores where games are long.
+  108 000 frames at the latest; Mnih et al. evaluated for 5 minutes, 18 000.
 - The training reward is the sign of the game's, so that one step size does for all games; what is logged and evaluated
   is the score of full games, unclipped, under both protocols.
 - Observations stay uint8 until the device; there they become [0, 1], channels last.

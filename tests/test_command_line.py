@@ -714,14 +714,24 @@ def test_the_readmes_lines_play_with_policy_pt2(algo, alone, request, monkeypatc
         pytest.skip("its environments are no gymnasium.make's")
     code, _ = readmes_python()
     make, steps = gym.make, []
+
+    class Watched(gym.Wrapper):
+        def reset(self, **kwargs):
+            self.over = False
+            return super().reset(**kwargs)
+
+        def step(self, action):
+            assert not self.over, "a step after the episode's end"
+            steps.append(self.action_space.contains(action))
+            result = super().step(action)
+            self.over = result[2] or result[3]
+            return result
+
     for run_dir in [alone.dir] + ([request.getfixturevalue("boxes")] if TINY[algo].boxes else []):
 
         def played(env_id, render_mode, run_dir=run_dir):
             assert (env_id, render_mode) == ("CartPole-v1", "human")  # there may be no screen here
-            env = make(json.loads((run_dir / "args.json").read_text())["args"]["env_id"])
-            step = env.step
-            env.step = lambda action: steps.append(env.action_space.contains(action)) or step(action)
-            return env
+            return Watched(make(json.loads((run_dir / "args.json").read_text())["args"]["env_id"]))
 
         monkeypatch.setattr(gym, "make", played)
         exec(code.replace("runs/…", str(run_dir)).replace("1000", "100"), {})
