@@ -48,8 +48,6 @@ COMPILE_FROM = 1_000_000
 """Environment steps from which our runs are compiled: half a minute of compilation, then about twice the speed."""
 NOT_SB3S = ("output_dir", "seed", "compile", "checkpoint_every")
 """Flags that make no difference to which baseline benchmarks/sb3.py runs."""
-LATER = {"matmul_precision": "highest"}
-"""Flags that came after runs without them, at the value that changes nothing."""
 
 
 @dataclass
@@ -164,8 +162,12 @@ def source_sha256(impl: str, algo: str) -> str:
     """Of the syntax tree, without docstrings, of the script of algos/ or of all in sb3.py that runs `algo`."""
     if impl == "ours":
         return tree_sha256((ROOT / "algos" / f"{variant_of(algo).script}.py").read_text())
-    functions = (MODELS[algo].__name__, maker_of(algo).__name__, "train")
-    return tree_sha256((ROOT / "benchmarks" / "sb3.py").read_text(), functions)
+    return tree_sha256((ROOT / "benchmarks" / "sb3.py").read_text(), runs_sb3s(algo))
+
+
+def runs_sb3s(algo: str) -> tuple[str, ...]:
+    """The functions of sb3.py that run `algo`; they use others."""
+    return MODELS[algo].__name__, maker_of(algo).__name__, "train"
 
 
 def used_by(tree: ast.Module, names: tuple[str, ...]) -> set[str]:
@@ -195,6 +197,27 @@ def tree_sha256(text: str, functions: tuple[str, ...] | None = None) -> str:
     return hashlib.sha256(dump.encode()).hexdigest()
 
 
+@functools.cache
+def arguments_read(text: str, functions: tuple[str, ...]) -> dict[str, object]:
+    """What these functions of sb3.py, those they use and its last lines read of the arguments, NOT_SB3S left out.
+
+    By name the value that they take where the script has no such flag: getattr's third argument, or None.
+    """
+    tree, read = ast.parse(text), {}
+    used = used_by(tree, functions)
+    last_lines = [node for node in tree.body if isinstance(node, ast.If)]  # below `if __name__ == "__main__":`
+    for top in [node for node in tree.body if getattr(node, "name", None) in used] + last_lines:
+        for node in ast.walk(top):
+            match node:
+                case ast.Attribute(value=ast.Name(id="args"), attr=name):
+                    read.setdefault(name, None)
+                case ast.Call(func=ast.Name(id="refuse_unless"), keywords=values):
+                    read |= {value.arg: None for value in values}
+                case ast.Call(func=ast.Name(id="getattr"), args=[ast.Name(id="args"), ast.Constant(name), *default]):
+                    read[name] = ast.literal_eval(default[0]) if default else None
+    return {name: default for name, default in read.items() if name not in NOT_SB3S}
+
+
 def with_hashes(flags: str) -> str:
     """The flags of a cell, each file among them with its hash."""
     words = [(word, ROOT / word) for word in flags.split()]
@@ -203,11 +226,15 @@ def with_hashes(flags: str) -> str:
     )
 
 
-def code_sha256(impl: str, source: str, args: dict, sb3_version: str, flags: str = "") -> str:
-    """`source` of source_sha256 with what else makes the run: the flags, or for SB3 all arguments and its version."""
-    if impl == "ours":
+def code_sha256(cell: Cell, source: str, args: dict, sb3_version: str, flags: str) -> str:
+    """`source` of source_sha256 with what else makes the run: the flags, or for SB3 its version and what it is given.
+
+    That is what sb3.py reads of `args` alone: a flag more or less of algos/ leaves SB3's runs what they were.
+    """
+    if cell.impl == "ours":
         return hashlib.sha256(json.dumps([source, flags]).encode()).hexdigest() if flags else source
-    args = {k: v for k, v in args.items() if k not in NOT_SB3S and not (k in LATER and v == LATER[k])}
+    read = arguments_read((ROOT / "benchmarks" / "sb3.py").read_text(), runs_sb3s(cell.algo))
+    args = {name: args.get(name, default) for name, default in read.items()}
     return hashlib.sha256(json.dumps([source, args, sb3_version], sort_keys=True).encode()).hexdigest()
 
 
@@ -216,7 +243,7 @@ def present_code(cell: Cell, sb3_version: str = stable_baselines3.__version__) -
     script = variant_of(cell.algo).script
     args = script_args(script, cell.env_id, cell.flags) | {"total_timesteps": cell.total_timesteps}
     source = source_sha256(cell.impl, cell.algo)
-    return code_sha256(cell.impl, source, args, sb3_version, with_hashes(cell.flags))
+    return code_sha256(cell, source, args, sb3_version, with_hashes(cell.flags))
 
 
 def about_now(cell: Cell) -> dict[str, str]:
@@ -242,7 +269,7 @@ def what_ran(cell: Cell, folder: Path, run_dir: Path) -> dict[str, str]:
     elif script != meta["script_sha256"]:
         return {"code_sha256": "unknown", "script_sha256": script, "command": meta["command"]}
     version = about["versions"].get("stable_baselines3", "")
-    code = code_sha256(cell.impl, meta["source_sha256"], about["args"], version, meta["flags"])
+    code = code_sha256(cell, meta["source_sha256"], about["args"], version, meta["flags"])
     script = about.get("script_sha256", meta["script_sha256"])
     return {"code_sha256": code, "script_sha256": script, "command": meta["command"]}
 

@@ -411,15 +411,64 @@ def test_evidence_outlives_comments_and_docstrings_but_no_change_of_code(copy, i
 def test_evidence_is_of_the_flags_that_a_cell_is_run_with():
     cells = [cell for cell in run.cells_of("model-based") if cell.impl == "sb3"]
     assert cells and all("--learning-starts 1000" in " ".join(cell.command) for cell in cells)
-    args = sb3.parse_args("sac", cells[0].command[3:])
-    ran = run.code_sha256("sb3", run.source_sha256("sb3", "sac"), asdict(args), run.stable_baselines3.__version__)
+    args = json.loads(json.dumps(asdict(sb3.parse_args("sac", cells[0].command[3:]))))  # as args.json has them
+    source, version = run.source_sha256("sb3", "sac"), run.stable_baselines3.__version__
+    ran = run.code_sha256(cells[0], source, args, version, run.with_hashes(cells[0].flags))
     assert run.present_code(cells[0]) == ran
     assert run.present_code(replace(cells[0], total_timesteps=14_000)) != ran
-    args, hashes = json.loads(json.dumps(asdict(args))), []  # as args.json has them
-    for precision in ({"matmul_precision": "highest"}, {}, {"matmul_precision": "medium"}):
-        changed = {name: x for name, x in args.items() if name != "matmul_precision"} | precision
-        hashes.append(run.code_sha256("sb3", "source", changed, "2.9"))
-    assert hashes[0] == hashes[1] != hashes[2], "runs from before there was the flag are as those with its default"
+
+
+@pytest.mark.parametrize("algo", sb3.MODELS)
+def test_sb3s_evidence_is_of_the_flags_that_it_reads(algo):
+    """Not of seed, folders and the like, nor of what our script alone has: a flag that comes or goes there."""
+    cell = run.Cell("sb3", algo, UNUSUAL[algo]["env_id"], 1, 1000)
+    args = asdict(importlib.import_module(algo).Args(**UNUSUAL[algo]))
+
+    def code(**changes):
+        return run.code_sha256(cell, "source", args | changes, "2.9", "")
+
+    same = {name for name in args if code(**{name: "another"}) == code()}
+    ours_alone = {"double"} if "dqn" in algo else set()
+    device = set() if algo.endswith("_atari") else {"device"}
+    assert same == SAME_FOR_SB3 - {"torch_threads", "eval_episodes"} | {"seed"} | ours_alone | device
+    assert code(new_flag=1) == code(**dict.fromkeys(same)) == code()
+    without = {name: value for name, value in args.items() if name != "matmul_precision"}
+    hashes = [run.code_sha256(cell, "source", without | x, "2.9", "") for x in ({}, {"matmul_precision": "highest"})]
+    assert hashes[0] == hashes[1] != code(matmul_precision="medium"), "no such flag is as good as its default"
+
+
+@pytest.mark.parametrize("algo", sb3.MODELS)
+def test_every_flag_that_sb3_reads_is_found(algo):
+    """In the text of sb3.py; here those are listed that making its environments and model asks for."""
+    asked = set()
+
+    class Listening:
+        """Args, as sb3.parse_args gives them."""
+
+        def __getattr__(self, name):
+            asked.add(name)
+            return UNUSUAL[algo].get(name, False)
+
+    args = Listening()
+    sb3.MODELS[algo](args, sb3.maker_of(algo)(args, 1))
+    found = run.arguments_read((ROOT / "benchmarks" / "sb3.py").read_text(), run.runs_sb3s(algo)).keys()
+    assert "gamma" in asked and asked <= found | {"seed"}
+    of_the_run = {"torch_threads", "num_envs", "total_timesteps", "eval_episodes", "matmul_precision"}
+    assert found - asked <= of_the_run, "what it does not ask for is read by train() or by the lines below it"
+
+
+def test_a_new_flag_of_ours_leaves_sb3s_evidence_as_it_is_until_sb3_reads_it(copy, monkeypatch):
+    cell, script_args = run.Cell("sb3", "a2c", "Pendulum-v1", 1, 1000), run.script_args
+    plain = run.present_code(cell)
+
+    def codes():
+        for value in (3, 4):
+            monkeypatch.setattr(run, "script_args", lambda *x, value=value: script_args(*x) | {"new_flag": value})
+            yield run.present_code(cell)
+
+    assert set(codes()) == {plain}
+    edit(copy / "benchmarks" / "sb3.py", "if args.optimizer == ", "if args.new_flag and args.optimizer == ")
+    assert len({plain, *codes()}) == 3
 
 
 def test_sb3s_hash_is_of_all_that_a_model_uses(copy):
