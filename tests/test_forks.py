@@ -1,0 +1,737 @@
+"""Forks as a researcher makes them: small edits of copies of the scripts, each held against plain PyTorch.
+
+A fork is a list of (text, its replacement). That it learns as PyTorch would is checked by training it twice, as it is
+and with torch.optim.Adam and torch.nn.utils.clip_grad_norm_ in place of what the script has: the same weights.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import re
+import sys
+import types
+from pathlib import Path
+from unittest.mock import patch
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, MultiDiscrete
+from torch import nn
+
+ALGOS = Path(__file__).resolve().parent.parent / "algos"
+SIZES = "--hidden-sizes 16 16 --eval-episodes 3 --device cpu"
+OFF_POLICY = f"{SIZES} --total-timesteps 80 --learning-starts 40 --batch-size 16 --buffer-size 200 --learning-rate 3e-3"
+FLAGS = {
+    "ppo": f"{SIZES} --env-id Pendulum-v1 --num-envs 2 --num-steps 32 --num-minibatches 2 --update-epochs 2"
+    " --total-timesteps 192",
+    "a2c": f"{SIZES} --env-id CartPole-v1 --num-envs 2 --num-steps 8 --total-timesteps 160 --optimizer adam",
+    "trpo": f"{SIZES} --env-id Pendulum-v1 --num-envs 2 --num-steps 32 --num-minibatches 2 --total-timesteps 192",
+    "reinforce": f"{SIZES} --env-id CartPole-v1 --total-timesteps 600",
+    "dqn": f"{OFF_POLICY} --env-id CartPole-v1 --train-frequency 1 --gradient-steps 1 --n-step 1 --target-frequency 10",
+    "sac": f"{OFF_POLICY} --env-id Pendulum-v1",
+    "td3": f"{OFF_POLICY} --env-id Pendulum-v1",
+    "ddpg": f"{OFF_POLICY} --env-id Pendulum-v1",
+}
+TANH, RELU = "nn.Tanh()", "nn.ReLU(inplace=True)"
+ON_POLICY = ("ppo", "a2c", "trpo", "reinforce")
+
+
+def fork(folder: Path, algo: str, *edits: tuple[str, str]) -> types.ModuleType:
+    """algos/{algo}.py with these replacements, each of a text that occurs once, as a module."""
+    text = (ALGOS / f"{algo}.py").read_text()
+    for old, new in edits:
+        assert text.count(old) == 1, f"{algo}.py has {text.count(old)} times: {old}"
+        text = text.replace(old, new)
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{algo}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(f"fork_{folder.name}_{algo}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def train(module: types.ModuleType, flags: str | None = None, inserted: type | None = None) -> types.SimpleNamespace:
+    """Trains it. What its checkpoint holds, as it was at first (`before`) and in the end (`modules`, `after`); metrics
+    as they were logged; numbers of rows that layers of the type `inserted` have seen in training; result of train()."""
+    seen, hooks = types.SimpleNamespace(metrics=[], rows=set()), []
+    start, log, finish = module.Run.start, module.Run.log, module.Run.finish
+
+    def state(modules: dict) -> dict:
+        return {name: copy.deepcopy(x.state_dict()) for name, x in modules.items() if isinstance(x, nn.Module)}
+
+    def recording_start(run, envs, **modules):
+        start(run, envs, **modules)
+        seen.modules, seen.before = modules, state(modules)
+        networks = [x for x in modules.values() if isinstance(x, nn.Module)]
+        for layer in {x for network in networks for x in network.modules() if inserted and isinstance(x, inserted)}:
+            hooks.append(layer.register_forward_hook(lambda _, inputs, output: seen.rows.add(len(inputs[0]))))
+
+    def recording_log(run, metrics, **charts):
+        seen.metrics += [{name: float(x) for name, x in row.items()} for row in metrics]
+        log(run, metrics, **charts)
+
+    def recording_finish(run, policy):
+        for hook in hooks:
+            hook.remove()
+        seen.policy, seen.envs, seen.after = policy, run.envs, state(seen.modules)
+        return finish(run, policy)
+
+    with patch.multiple(module.Run, start=recording_start, log=recording_log, finish=recording_finish):
+        flags = flags or FLAGS[Path(module.__file__).stem]
+        seen.result = module.train(
+            module.parse_args([*flags.split(), "--output-dir", str(Path(module.__file__).parent)])
+        )
+    return seen
+
+
+@contextlib.contextmanager
+def plain_pytorch(module: types.ModuleType):
+    """Within it the fork has PyTorch's own optimiser and clipping."""
+    own = {"FlatAdam": lambda params, lr, **settings: torch.optim.Adam(params, lr, **settings)}
+    own["clip_gradient"] = lambda parameters, bound: torch.nn.utils.clip_grad_norm_(list(parameters), bound)
+    with patch.multiple(module, **{name: x for name, x in own.items() if hasattr(module, name)}):
+        yield
+
+
+def assert_same(ours: dict, theirs: dict, tolerance: float = 1e-3) -> None:
+    """Two states as `train` records them agree, in parts of a tensor's largest number."""
+    for name, state in ours.items():
+        for key, x in state.items():
+            error = (x - theirs[name][key]).abs().max() / theirs[name][key].abs().max().clamp(min=1e-3)
+            assert error < tolerance, f"{name}, {key}: {error:.1e}"
+
+
+def assert_differs(ours: dict, theirs: dict) -> None:
+    """Somewhere in what both have."""
+    pairs = [(x, theirs[name].get(key)) for name, state in ours.items() for key, x in state.items()]
+    assert any(y is None or x.shape != y.shape or not torch.allclose(x, y, rtol=1e-3) for x, y in pairs), "no effect"
+
+
+def assert_learns_as_pytorch(module: types.ModuleType, **kwargs) -> types.SimpleNamespace:
+    """The fork's weights are those of plain PyTorch; what it exports and evaluates is the network in eval mode."""
+    seen = train(module, **kwargs)
+    with plain_pytorch(module):
+        plain = train(module, **kwargs)
+    assert_same(seen.after, plain.after)
+    for name, module_ in seen.modules.items():
+        if isinstance(module_, nn.Module) and name != "target":
+            still = [
+                key for key, x in module_.named_parameters() if x.equal(seen.before[name][key]) and x.requires_grad
+            ]
+            assert not still, f"{still} did not learn"
+    policy = torch.export.load(seen.result["run_dir"] / "policy.pt2").module()
+    obs = torch.as_tensor(np.stack([seen.envs.observation_space.sample() for _ in range(5)]))
+    with torch.no_grad():
+        torch.testing.assert_close(policy(obs), seen.policy.eval()(obs))
+    return seen
+
+
+# Networks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algo", FLAGS)
+def test_another_activation(algo, tmp_path):
+    """GELU; in dqn.py it had no effect at all, and in ppo.py it did not act."""
+    module = fork(tmp_path, algo, (TANH if algo in ON_POLICY else RELU, "nn.GELU()"))
+    seen = assert_learns_as_pytorch(module, inserted=nn.GELU)
+    assert_acts_and_learns(seen, module)
+    assert_differs(seen.after, train(fork(tmp_path / "original", algo)).after)
+
+
+@pytest.mark.parametrize("algo", FLAGS)
+def test_a_norm(algo, tmp_path):
+    """LayerNorm before each activation: every network has its own, which acts, learns, is exported and followed."""
+    activation = TANH if algo in ON_POLICY else RELU
+    module = fork(tmp_path, algo, (activation, f"nn.LayerNorm(outputs), {activation}"))
+    seen = assert_learns_as_pytorch(module, inserted=nn.LayerNorm)
+    assert_acts_and_learns(seen, module)
+    if algo in ("sac", "td3"):
+        norms = [x for x in seen.modules["agent"].critics.modules() if isinstance(x, nn.LayerNorm)]
+        assert len(norms) == 4 and not norms[0].weight.equal(norms[2].weight)
+
+
+def assert_acts_and_learns(seen: types.SimpleNamespace, module: types.ModuleType) -> None:
+    """The layer has seen the rows of one step and those of minibatches."""
+    args = module.parse_args(FLAGS[Path(module.__file__).stem].split())
+    assert args.num_envs in seen.rows, "the layer does not act"
+    assert max(seen.rows) > args.num_envs, "the layer does not learn"
+
+
+@pytest.mark.parametrize("algo", ["ppo", "dqn", "sac"])
+def test_dropout(algo, tmp_path):
+    """It drops in training; what is evaluated and exported does not."""
+    activation = TANH if algo in ON_POLICY else RELU
+    module = fork(tmp_path, algo, (activation, f"{activation}, nn.Dropout(0.5)"))
+    seen = train(module, inserted=nn.Dropout)
+    assert_acts_and_learns(seen, module)
+    assert all(x.training for x in seen.policy.modules()), "evaluation left the network in eval mode"
+    policy = torch.export.load(seen.result["run_dir"] / "policy.pt2").module()
+    obs = torch.as_tensor(np.stack([seen.envs.observation_space.sample() for _ in range(5)]))
+    with torch.no_grad():
+        torch.testing.assert_close(policy(obs), policy(obs), rtol=0, atol=0)
+        torch.testing.assert_close(policy(obs), seen.policy.eval()(obs))
+
+
+@pytest.mark.parametrize("algo", ["sac", "td3", "ddpg"])
+def test_batch_norm_in_the_critics(algo, tmp_path):
+    """Over the minibatch, each critic its own; the target copies its statistics and normalises by them."""
+    edit = (
+        "super().__init__(relu_mlp([inputs, *hidden_sizes, 1])",
+        "super().__init__(normed_mlp([inputs, *hidden_sizes, 1])",
+    )
+    definition = """def normed_mlp(sizes):
+    layers = []
+    for layer in relu_mlp(sizes):
+        if isinstance(layer, nn.Linear):
+            layer.register_parameter("bias", None)  # its gradient would be rounding alone
+        layers += [layer, nn.BatchNorm1d(layer.out_features)] if isinstance(layer, nn.Linear) else [layer]
+    return nn.Sequential(*layers[:-1])
+
+
+class Critics("""
+    module = fork(tmp_path, algo, edit, ("class Critics(", definition))
+    seen = assert_learns_as_pytorch(module)
+    critics = seen.modules["agent"].critics
+    x = torch.cat([torch.randn(32, 3), torch.rand(32, 1)], -1)
+    critic = critics[0].train()
+    norm, y, values = critic[1], critic[0](x), critic[:2](x)
+    expected = (y - y.mean(0)) / (y.var(0, correction=0) + norm.eps).sqrt() * norm.weight + norm.bias
+    torch.testing.assert_close(values, expected)
+    target = seen.modules["target"]
+    target = getattr(target, "critics", target)
+    pairs = [(x, y) for x, y in zip(critics.modules(), target.modules()) if isinstance(x, nn.BatchNorm1d)]
+    assert pairs and not any(y.training for _, y in pairs)
+    for ours, theirs in pairs:
+        assert int(theirs.num_batches_tracked) > 0
+        torch.testing.assert_close(theirs.running_mean, ours.running_mean, rtol=0.3, atol=0.1)
+
+
+SHARED_TRUNK = (
+    ("self.actor = mlp([inputs, *hidden_sizes, self.action_size], output_gain=0.01)",
+     "self.trunk = mlp([inputs, *hidden_sizes], output_gain=2**0.5)\n"
+     "        self.actor = mlp([hidden_sizes[-1], self.action_size], output_gain=0.01)"),
+    ("self.critic = mlp([inputs, *hidden_sizes, 1], output_gain=1.0)",
+     "self.critic = mlp([hidden_sizes[-1], 1], output_gain=1.0)"),
+    ("return self.critic(states).squeeze(-1)", "return self.critic(self.trunk(states)).squeeze(-1)"),
+    ("output = self.actor(self.encode(obs)) + noise", "output = self.actor(self.trunk(self.encode(obs))) + noise"),
+    ("        output = self.actor(states)\n", "        output = self.actor(self.trunk(states))\n"),
+    ("        output = self.actor(self.encode(obs))\n", "        output = self.actor(self.trunk(self.encode(obs)))\n"),
+)  # fmt: skip
+
+
+def test_a_trunk_that_policy_and_value_share(tmp_path):
+    seen = assert_learns_as_pytorch(fork(tmp_path, "ppo", *SHARED_TRUNK))
+    assert not seen.after["agent"]["trunk.0.weight"].equal(seen.before["agent"]["trunk.0.weight"])
+
+
+# Optimisers -------------------------------------------------------------------------------------------------
+
+
+FLAT = "FlatAdam(agent.parameters(), args.learning_rate, eps=1e-5)"
+
+
+def trained_with(optimizer, tmp_path, algo="ppo", name="optimizer"):
+    """The original, with the optimiser that `optimizer(params, lr, **settings)` makes, from Python."""
+    module = fork(tmp_path / "reference", algo)
+    with patch.object(module, "FlatAdam", optimizer):
+        return train(module)
+
+
+def test_adamw(tmp_path):
+    """In sac.py it changed nothing."""
+    old = "FlatAdam(agent.critics.parameters(), args.learning_rate)"
+    new = "torch.optim.AdamW(agent.critics.parameters(), args.learning_rate, weight_decay=0.3)"
+    seen = train(fork(tmp_path, "sac", (old, new)))
+    original = train(fork(tmp_path / "original", "sac"))
+    assert_differs({"agent": seen.after["agent"]}, original.after)
+
+    def optimizer(params, lr, **settings):  # decay by hand, before Adam's step
+        params = list(params)
+        adam = torch.optim.Adam(params, lr, **settings)
+        decay = 0.3 if len(params) == 12 else 0.0  # the critics'
+
+        def shrink(*_):
+            with torch.no_grad():
+                torch._foreach_mul_(params, 1 - lr * decay)
+
+        adam.register_step_pre_hook(shrink)
+        return adam
+
+    assert_same(seen.after, trained_with(optimizer, tmp_path, "sac").after)
+
+
+def test_weight_decay(tmp_path):
+    seen = train(fork(tmp_path, "ppo", (FLAT, FLAT[:-1] + ", weight_decay=0.1)")))
+    reference = trained_with(lambda p, lr, **x: torch.optim.Adam(p, lr, weight_decay=0.1, **x), tmp_path)
+    assert_same(seen.after, reference.after)
+    assert_differs(seen.after, train(fork(tmp_path / "original", "ppo")).after)
+
+
+def test_groups_with_two_rates_that_are_annealed(tmp_path):
+    groups = "{'params': [*agent.actor.parameters(), agent.log_std]}, {'params': agent.critic.parameters(), 'lr': 0.0}"
+    module = fork(tmp_path, "ppo", (FLAT, f"torch.optim.Adam([{groups}], args.learning_rate, eps=1e-5)"))
+    seen = train(module, FLAGS["ppo"] + " --anneal-lr --learning-rate 0.003")
+    for key, x in seen.after["agent"].items():
+        assert (not x.equal(seen.before["agent"][key])) == key.startswith(("actor", "log_std")), key
+    rates = [group["lr"] for group in seen.modules["optimizer"].param_groups]
+    assert rates == [pytest.approx(0.001), 0], "a third of the way is left where the last rollout begins"
+
+
+def test_the_update_of_any_tutorial(tmp_path):
+    """loss.backward() and torch's own clipping and optimiser, written out; in ppo.py nothing trained."""
+    tutorial = """                optimizer.zero_grad()
+                loss, loss_metrics = ppo_loss(agent, minibatch, clip, args)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                metrics.append(loss_metrics)
+"""
+    old = """                optimizer.zero_grad()
+                metrics.append(gradient_of(agent, minibatch, clip, args))
+"""
+    module = fork(
+        tmp_path, "ppo", (old, tutorial), (FLAT, "torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)")
+    )
+    assert_same(train(module).after, train(fork(tmp_path / "original", "ppo")).after)
+
+
+def test_a_frozen_layer(tmp_path):
+    """FlatAdam refuses it in a line that names torch.optim.Adam, with which it stays as it is and the others learn."""
+    frozen = "\n        agent.actor[0].requires_grad_(False)"
+    with pytest.raises(RuntimeError, match="take torch.optim.Adam instead"):
+        train(fork(tmp_path, "ppo", (FLAT, FLAT + frozen)))
+    adam = "torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)"
+    seen = train(fork(tmp_path / "plain", "ppo", (FLAT, adam + frozen)))
+    for key, x in seen.after["agent"].items():
+        assert x.equal(seen.before["agent"][key]) == (key.startswith(("actor.0", "return_statistics", "to_box"))), key
+
+
+def test_a_frozen_layer_of_the_actor_that_critics_judge(tmp_path):
+    old = "actor_optimizer = FlatAdam(agent.actor.parameters(), args.learning_rate)"
+    new = "actor_optimizer = torch.optim.Adam(agent.actor.parameters(), args.learning_rate)"
+    seen = train(fork(tmp_path, "sac", (old, new + "\n        agent.actor[0].requires_grad_(False)")))
+    for key, x in seen.after["agent"].items():
+        if key.startswith("actor"):
+            assert x.equal(seen.before["agent"][key]) == key.startswith("actor.0"), key
+
+
+# Actions, memory, replay ------------------------------------------------------------------------------------
+
+
+class Levers(gym.Env):
+    """Three levers of 3, 2 and 4 positions; the reward is the number of those in position 1."""
+
+    observation_space, action_space = Box(-1, 1, (2,), np.float32), MultiDiscrete([3, 2, 4])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.full(2, 0.5, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return np.full(2, 0.5, np.float32), float((action == 1).sum()), False, False, {}
+
+
+gym.register("Levers-v0", Levers, max_episode_steps=8)
+
+MULTI_DISCRETE = (
+    ("(Discrete, Box))", "(gym.spaces.MultiDiscrete,))"),
+    ("len(self.action_space.shape or ()) > 1", "len(self.action_space.shape or ()) > 2"),
+    ("self.action_size = int(action_space.n) if self.discrete else action_space.shape[0]",
+     "self.sizes, self.action_size = action_space.nvec.tolist(), int(action_space.nvec.sum())"),
+    ("isinstance(observation_space, Discrete), isinstance(action_space, Discrete)",
+     "isinstance(observation_space, Discrete), True"),
+    ("        return output.argmax(-1) if self.discrete else output\n\n",
+     "        return torch.stack([x.argmax(-1) for x in output.split(self.sizes, -1)], -1)\n\n"),
+    ("            log_probs = output.log_softmax(-1)\n"
+     "            entropy = -(log_probs.exp() * log_probs).sum(-1)\n"
+     "            return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy\n",
+     "            parts = [x.log_softmax(-1) for x in output.split(self.sizes, -1)]\n"
+     "            chosen = [x.gather(-1, a.unsqueeze(-1)).squeeze(-1) for x, a in zip(parts, actions.unbind(-1))]\n"
+     "            return sum(chosen), -sum((x.exp() * x).sum(-1) for x in parts)\n"),
+    ("return actions + int(self.action_space.start) if self.discrete else self.to_box(actions)", "return actions"),
+    ("return self.to_env(output.argmax(-1) if self.discrete else output)",
+     "return torch.stack([x.argmax(-1) for x in output.split(self.sizes, -1)], -1)"),
+)  # fmt: skip
+
+
+def test_multi_discrete_actions(tmp_path):
+    flags = f"{SIZES} --env-id Levers-v0 --num-envs 4 --num-steps 64 --total-timesteps 4096 --learning-rate 3e-3"
+    seen = assert_learns_as_pytorch(fork(tmp_path, "ppo", *MULTI_DISCRETE), flags=flags)
+    agent, states, actions = seen.policy, torch.randn(50, 2), torch.tensor(Levers.action_space.sample()).expand(50, 3)
+    log_probs, entropy = agent.log_prob_and_entropy(states, actions)
+    parts = [torch.distributions.Categorical(logits=x) for x in agent.actor(states).split([3, 2, 4], -1)]
+    torch.testing.assert_close(log_probs, sum(p.log_prob(a) for p, a in zip(parts, actions.unbind(-1))))
+    torch.testing.assert_close(entropy, sum(p.entropy() for p in parts))
+    assert seen.result["returns"].mean() > 20, "of 24; at random 8.7"
+
+
+RECURRENT = (
+    ("PPOBatch = namedtuple(\"PPOBatch\", \"states actions", "PPOBatch = namedtuple(\"PPOBatch\", \"hidden starts states actions"),
+    ("agent.log_prob_and_entropy(batch.states, batch.actions)",
+     "agent.log_prob_and_entropy(batch.states, batch.actions, batch.hidden, batch.starts)"),
+    ("self.actor = mlp([inputs, *hidden_sizes, self.action_size], output_gain=0.01)",
+     "self.memory = nn.GRUCell(inputs, hidden_sizes[0])\n"
+     "        self.actor = mlp([hidden_sizes[0], *hidden_sizes[1:], self.action_size], output_gain=0.01)"),
+    ("    def act(self, obs: Tensor, noise: Tensor) -> Tensor:", "    def act(self, obs: Tensor, noise: Tensor, hidden: Tensor):"),
+    ("        output = self.actor(self.encode(obs)) + noise\n"
+     "        return output.argmax(-1) if self.discrete else output\n",
+     "        hidden = self.memory(self.encode(obs), hidden)\n"
+     "        output = self.actor(hidden) + noise\n"
+     "        return output.argmax(-1) if self.discrete else output, hidden\n"),
+    ("    def log_prob_and_entropy(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:",
+     "    def unroll(self, states, hidden, starts):  # (n, T, D), (n, H), (n, T) → (n, T, H)\n"
+     "        outputs = []\n"
+     "        for x, start in zip(states.unbind(1), starts.unbind(1)):\n"
+     "            hidden = self.memory(x, hidden * ~start.unsqueeze(-1))\n"
+     "            outputs.append(hidden)\n"
+     "        return torch.stack(outputs, 1)\n\n"
+     "    def log_prob_and_entropy(self, states, actions, hidden, starts) -> tuple[Tensor, Tensor]:"),
+    ("        output = self.actor(states)\n", "        output = self.actor(self.unroll(states, hidden, starts))\n"),
+    ("    def forward(self, obs: Tensor) -> Tensor:", "    def forward(self, obs: Tensor, hidden: Tensor):"),
+    ("        output = self.actor(self.encode(obs))\n", "        hidden = self.memory(self.encode(obs), hidden)\n        output = self.actor(hidden)\n"),
+    ("return self.to_env(output.argmax(-1) if self.discrete else output)",
+     "return self.to_env(output.argmax(-1) if self.discrete else output), hidden"),
+    ("        while run.goes_on():\n",
+     "        hidden = torch.zeros(args.num_envs, args.hidden_sizes[0], device=run.device)\n"
+     "        started = np.ones(args.num_envs, bool)\n"
+     "        while run.goes_on():\n            first_hidden, starts = hidden, []\n"),
+    ("                actions = agent.act(torch.as_tensor(obs, device=run.device), noise)\n",
+     "                hidden = hidden * ~torch.as_tensor(started, device=run.device).unsqueeze(-1)\n"
+     "                starts.append(started)\n"
+     "                actions, hidden = agent.act(torch.as_tensor(obs, device=run.device), noise, hidden)\n"),
+    ("                run.advance(envs)\n", "                run.advance(envs)\n                started = terminated | truncated\n"),
+    ("                log_probs, _ = agent.log_prob_and_entropy(states, actions)\n",
+     "                starts = torch.as_tensor(np.array(starts), device=run.device).T\n"
+     "                inputs = states.transpose(0, 1), actions.transpose(0, 1)\n"
+     "                log_probs = agent.log_prob_and_entropy(*inputs, first_hidden, starts)[0].T\n"),
+    ("            batch = (x.flatten(0, 1) for x in (states, actions, log_probs, values, advantages, returns))\n",
+     "            batch = (x.transpose(0, 1) for x in (states, actions, log_probs, values, advantages, returns))\n"
+     "            batch = (first_hidden, starts, *batch)\n"),
+    ("        while np.isnan(playing).any():\n            obs, *_ = envs.step(policy(torch.as_tensor(obs, device=device)))\n",
+     "        hidden = torch.zeros(envs.num_envs, args.hidden_sizes[0], device=device)\n"
+     "        while np.isnan(playing).any():\n"
+     "            actions, hidden = policy(torch.as_tensor(obs, device=device), hidden)\n"
+     "            obs, *_ = envs.step(actions)\n"),
+    ("{0: torch.export.Dim(\"batch\")},)", "*[{0: torch.export.Dim(\"batch\")}] * 2,)"),
+    ("torch.export.export(policy, (example,), ",
+     "torch.export.export(policy, (example, torch.zeros(2, policy.memory.hidden_size)), "),
+)  # fmt: skip
+
+
+class Recall(gym.Env):
+    """A bit is shown in the first of four steps; in the last the action has to be that bit, for a reward of 1."""
+
+    observation_space, action_space = Box(-1, 1, (2,), np.float32), gym.spaces.Discrete(2)
+
+    def observe(self):
+        return np.array([self.bit * 2 - 1 if self.t == 0 else 0, self.t == 3], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.bit = 0, int(self.np_random.integers(2))
+        return self.observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        return self.observe(), float(self.t == 4 and action == self.bit), self.t == 4, False, {}
+
+
+gym.register("Recall-v0", Recall, max_episode_steps=10)
+
+
+def test_a_recurrent_policy(tmp_path):
+    """A GRU, carried, reset at episode ends, replayed in learning, carried in evaluation and export; it remembers."""
+    changed = sum(len([x for x in new.split("\n") if x and x not in old.split("\n")]) for old, new in RECURRENT)
+    assert changed <= 40, f"{changed} lines"
+    module = fork(tmp_path, "ppo", *RECURRENT)
+    first, loss = [], module.ppo_loss
+
+    def recording_loss(agent, batch, clip, args):
+        result = loss(agent, batch, clip, args)
+        first.append(result[1]["approx_kl"].item())
+        return result
+
+    flags = f"{SIZES} --env-id Recall-v0 --num-envs 8 --num-steps 30 --num-minibatches 2 --learning-rate 5e-3"
+    flags += " --total-timesteps 14400 --eval-episodes 20 --gae-lambda 1 --ent-coef 0.003"
+    with patch.object(module, "ppo_loss", recording_loss):
+        seen = train(module, flags)
+    assert max(abs(x) for x in first[::8]) < 1e-5, "the policy that acted is not the one that learns"
+    assert seen.result["returns"].mean() == 1, "it does not remember"
+    policy = torch.export.load(seen.result["run_dir"] / "policy.pt2").module()
+    env, returns = gym.make("Recall-v0"), []
+    for seed in range(10):
+        (obs, _), hidden, end = env.reset(seed=seed), torch.zeros(1, 16), False
+        while not end:
+            actions, hidden = policy(torch.as_tensor(obs[None]), hidden)
+            obs, reward, end, _, _ = env.step(actions[0].numpy())
+        returns.append(reward)
+    assert returns == [1] * 10
+
+
+def test_an_lstm_merely_put_into_the_network_fails_at_once(tmp_path):
+    with pytest.raises((TypeError, AttributeError)):
+        train(fork(tmp_path, "ppo", ("nn.Tanh()]", "nn.LSTM(outputs, outputs), nn.Tanh()]")))
+
+
+# Settings ---------------------------------------------------------------------------------------------------
+
+
+def test_a_default_that_the_recommended_settings_override_is_shown(tmp_path, capsys):
+    """γ in Args has no effect on CartPole: the line says so. A flag that wins is named, too."""
+    module = fork(tmp_path, "ppo", ("gamma: Fraction = 0.99 ", "gamma: Fraction = 0.5 "))
+    flags = f"{SIZES} --num-envs 2 --num-steps 8 --total-timesteps 16 --env-id CartPole-v1 --gae-lambda 0.7"
+    train(module, flags)
+    (line,) = re.findall("^recommended .*$", capsys.readouterr().out, re.MULTILINE)
+    taken, other = line.split(";")
+    assert "gamma=0.98" in taken and "gae_lambda" not in taken and "gae_lambda=0.7" in other
+
+
+# FlatAdam against torch.optim.Adam --------------------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    """The same in every call."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def loss_of(net: nn.Module, seed: int) -> torch.Tensor:
+    """A minibatch's."""
+    return (net(torch.randn(7, 3, generator=torch.Generator().manual_seed(seed))) - 1).square().mean()
+
+
+def descend(net, optimizer, steps=5, before_step=lambda net: None, zero=None):
+    """The loop of any tutorial."""
+    for seed in range(steps):
+        (zero or optimizer.zero_grad)()
+        loss_of(net, seed).backward()
+        before_step(net)
+        optimizer.step()
+
+
+def clipping(adam):
+    net = network()
+    descend(net, adam(net.parameters(), 0.1), before_step=lambda n: nn.utils.clip_grad_norm_(n.parameters(), 0.01))
+    return net
+
+
+def accumulation(adam):
+    net = network()
+    optimizer = adam(net.parameters(), 0.1)
+    for seed in range(6):
+        loss_of(net, seed).backward()
+        if seed % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    return net
+
+
+def zero_grad_of_the_optimizer(adam):
+    net = network()
+    descend(net, adam(net.parameters(), 0.1))
+    return net
+
+
+def zero_grad_to_zeros(adam):
+    net = network()
+    optimizer = adam(net.parameters(), 0.1)
+    descend(net, optimizer, zero=lambda: optimizer.zero_grad(set_to_none=False))
+    return net
+
+
+def zero_grad_of_the_module(adam):
+    net = network()
+    descend(net, adam(net.parameters(), 0.1), zero=net.zero_grad)
+    return net
+
+
+def weight_decay(adam):
+    net = network()
+    descend(net, adam(net.parameters(), 0.1, weight_decay=0.1))
+    return net
+
+
+def decoupled_decay(adam):
+    net = network()
+    descend(net, adam(net.parameters(), 0.1, weight_decay=0.1, decoupled_weight_decay=True))
+    return net
+
+
+def a_schedule(adam):
+    net = network()
+    optimizer = adam(net.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5**n)
+    for seed in range(5):
+        optimizer.zero_grad()
+        loss_of(net, seed).backward()
+        optimizer.step()
+        schedule.step()
+    return net
+
+
+def save_and_load(adam):
+    net = network()
+    optimizer = adam(net.parameters(), 0.1)
+    descend(net, optimizer)
+    state, again = copy.deepcopy((net.state_dict(), optimizer.state_dict())), network()
+    optimizer = adam(again.parameters(), 0.1)
+    again.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
+    descend(again, optimizer)
+    return again
+
+
+def a_layer_initialised_anew(adam):
+    net = network()
+    optimizer = adam(net.parameters(), 0.1)
+    descend(net, optimizer)
+    torch.manual_seed(1)
+    net[0].reset_parameters()
+    descend(net, optimizer)
+    return net
+
+
+def maximize(adam):
+    net = network()
+    descend(net, adam(net.parameters(), 0.1, maximize=True))
+    return net
+
+
+def amsgrad(adam):
+    net = network()
+    descend(net, adam(net.parameters(), 0.1, amsgrad=True))
+    return net
+
+
+def an_added_group(adam):
+    net, other = network(), nn.Linear(2, 2)
+    optimizer = adam(net.parameters(), 0.1)
+    both = nn.Sequential(net, other)
+    descend(net, optimizer)
+    nn.init.eye_(other.weight), nn.init.zeros_(other.bias)
+    optimizer.add_param_group({"params": list(other.parameters()), "lr": 0.01})
+    descend(both, optimizer)
+    return both
+
+
+def groups(adam):
+    net = network()
+    descend(net, adam([{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.01}], 0.1))
+    return net
+
+
+def named_parameters(adam):
+    net = network()
+    descend(net, adam(net.named_parameters(), 0.1))
+    return net
+
+
+def a_closure(adam):
+    net = network()
+    optimizer = adam(net.parameters(), 0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(net, 0)
+        loss.backward()
+        return loss
+
+    for _ in range(5):
+        optimizer.step(closure)
+    return net
+
+
+def create_graph(adam):
+    net = network()
+    optimizer = adam(net.parameters(), 0.1)
+    for seed in range(5):
+        optimizer.zero_grad()
+        gradients = torch.autograd.grad(loss_of(net, seed), list(net.parameters()), create_graph=True)
+        for p, gradient in zip(net.parameters(), gradients):
+            p.grad = gradient
+        optimizer.step()
+    return net
+
+
+def a_gradient_that_is_set(adam):
+    net = network()
+    optimizer = adam(net.parameters(), 0.1)
+    for seed in range(5):
+        for p in net.parameters():
+            p.grad = torch.full_like(p, seed + 1.0)
+        optimizer.step()
+    return net
+
+
+def frozen_at_the_start_and_thawed(adam):
+    net = network()
+    net[0].requires_grad_(False)
+    optimizer = adam(net.parameters(), 0.1)
+    descend(net, optimizer)
+    net[0].requires_grad_(True)
+    descend(net, optimizer)
+    return net
+
+
+def frozen_in_mid_run(adam):
+    net = network()
+    optimizer = adam(net.parameters(), 0.1)
+    descend(net, optimizer)
+    net[0].requires_grad_(False)
+    descend(net, optimizer)
+    return net
+
+
+def frozen_with_decay(adam):
+    net = network()
+    optimizer = adam(net.parameters(), 0.1, weight_decay=0.1)
+    net[0].requires_grad_(False)
+    descend(net, optimizer)
+    return net
+
+
+def two_losses_in_turn(adam):
+    net = network()
+    optimizer = adam(net.parameters(), 0.1)
+    for seed in range(3):
+        for part in (net, net[:1]):  # the second reaches the first layer alone
+            optimizer.zero_grad()
+            loss_of(part, seed).backward()
+            optimizer.step()
+    return net
+
+
+def a_replaced_parameter(adam):
+    net = network()
+    optimizer = adam(net.parameters(), 0.1)
+    descend(net, optimizer)
+    net[0].weight = nn.Parameter(torch.ones(5, 3))
+    descend(net, optimizer)
+    return net
+
+
+IDIOMS = (
+    clipping, accumulation, zero_grad_of_the_optimizer, zero_grad_to_zeros, zero_grad_of_the_module, weight_decay,
+    decoupled_decay, a_schedule, save_and_load, a_layer_initialised_anew, maximize, amsgrad, an_added_group, groups,
+    named_parameters, a_closure, create_graph, a_gradient_that_is_set, frozen_at_the_start_and_thawed, frozen_in_mid_run,
+    frozen_with_decay, two_losses_in_turn, a_replaced_parameter,
+)  # fmt: skip
+REFUSED = {
+    groups, named_parameters, a_closure, frozen_at_the_start_and_thawed, frozen_in_mid_run, frozen_with_decay,
+    two_losses_in_turn, a_replaced_parameter,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("idiom", IDIOMS, ids=lambda x: x.__name__)
+def test_flat_adam_is_adam_or_says_that_it_is_not(idiom, tmp_path):
+    flat_adam = fork(tmp_path, "ppo").FlatAdam
+    if idiom in REFUSED:
+        with pytest.raises((RuntimeError, TypeError), match=r"^FlatAdam.*take torch.optim.Adam instead$"):
+            idiom(flat_adam)
+        return
+    for ours, theirs in zip(idiom(flat_adam).parameters(), idiom(torch.optim.Adam).parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
