@@ -92,6 +92,57 @@ class Catch(gym.Env):
         return self.look(), float(landed and self.ball == self.paddle), landed, False, {}
 
 
+class Counting(gym.Env):
+    """Observes (steps so far, 0), reward 1, truncated after 20 steps; `fault` is what is unusual about it."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, fault: str = "", action_space=None, render_mode=None):
+        self.fault, self.action_space, self.render_mode = fault, action_space or Box(-1, 1, (1,)), render_mode
+        self.observation_space, self.buffer = Box(-5000, 5000, (2,), np.float32), np.zeros(2, np.float32)
+
+    def observe(self):
+        obs = self.buffer if self.fault == "one array" else np.zeros(2, np.float32)
+        obs[0] = self.t
+        return obs
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        self.t += 1
+        length = {"never ends": np.inf, "is long": 1500}.get(self.fault, 20)
+        return self.observe(), 1.0, False, self.t >= length, {}
+
+    def render(self):
+        return np.full((8, 8, 3), self.t % 256, np.uint8)
+
+
+class Needy(Counting):
+    """Cannot be made without an argument."""
+
+    def __init__(self, goal):
+        super().__init__(goal)
+
+
+gym.register("Counting-v0", Counting)
+gym.register("Needy-v0", Needy)
+gym.register("my/Point-v0", Counting)
+for name, fault in (("OneArray", "one array"), ("NeverEnds", "never ends"), ("Long", "is long")):
+    gym.register(f"{name}-v0", Counting, kwargs={"fault": fault})
+for name, space in (
+    ("Int8", Box(-100, 100, (1,), np.int8)),  # a range that its own type cannot hold
+    ("Int64", Box(0, 5, (1,), np.int64)),
+    ("Float64", Box(-3, 5, (1,), np.float64)),
+    ("Huge", Box(-3e38, 3e38, (1,), np.float32)),
+    ("HalfBounded", Box(0, np.inf, (1,), np.float32)),
+):
+    gym.register(f"{name}-v0", Counting, kwargs={"action_space": space})
+
+
 gym.register("Catch-v0", Catch)
 gym.register("OneState-v0", OneState, max_episode_steps=10)
 gym.register("OneStateTerminal-v0", OneStateTerminal)
