@@ -56,7 +56,8 @@ def fork(folder: Path, algo: str, *edits: tuple[str, str]) -> types.ModuleType:
 
 def train(module: types.ModuleType, flags: str | None = None, inserted: type | None = None) -> types.SimpleNamespace:
     """Trains it. What its checkpoint holds, as it was at first (`before`) and in the end (`modules`, `after`); metrics
-    as they were logged; numbers of rows that layers of the type `inserted` have seen in training; result of train()."""
+    as they were logged; numbers of rows that layers of the type `inserted` have seen in training; result of train().
+    `loaded` is every state, of optimisers and buffers too, where training begins or is resumed."""
     seen, hooks = types.SimpleNamespace(metrics=[], rows=set()), []
     start, log, finish = module.Run.start, module.Run.log, module.Run.finish
 
@@ -66,12 +67,13 @@ def train(module: types.ModuleType, flags: str | None = None, inserted: type | N
     def recording_start(run, envs, **modules):
         start(run, envs, **modules)
         seen.modules, seen.before = modules, state(modules)
+        seen.loaded = {name: copy.deepcopy(x.state_dict()) for name, x in modules.items()}
         networks = [x for x in modules.values() if isinstance(x, nn.Module)]
         for layer in {x for network in networks for x in network.modules() if inserted and isinstance(x, inserted)}:
             hooks.append(layer.register_forward_hook(lambda _, inputs, output: seen.rows.add(len(inputs[0]))))
 
     def recording_log(run, metrics, **charts):
-        seen.metrics += [{name: float(x) for name, x in row.items()} for row in metrics]
+        seen.metrics += [{name: x.mean().item() for name, x in row.items()} for row in metrics]
         log(run, metrics, **charts)
 
     def recording_finish(run, policy):
@@ -93,7 +95,9 @@ def plain_pytorch(module: types.ModuleType):
     """Within it the fork has PyTorch's own optimiser and clipping."""
     own = {"FlatAdam": lambda params, lr, **settings: torch.optim.Adam(params, lr, **settings)}
     own["clip_gradient"] = lambda parameters, bound: torch.nn.utils.clip_grad_norm_(list(parameters), bound)
-    with patch.multiple(module, **{name: x for name, x in own.items() if hasattr(module, name)}):
+    with contextlib.ExitStack() as stack:
+        for name in own.keys() & vars(module).keys():
+            stack.enter_context(patch.object(module, name, own[name]))
         yield
 
 
@@ -179,10 +183,6 @@ def test_dropout(algo, tmp_path):
 @pytest.mark.parametrize("algo", ["sac", "td3", "ddpg"])
 def test_batch_norm_in_the_critics(algo, tmp_path):
     """Over the minibatch, each critic its own; the target copies its statistics and normalises by them."""
-    edit = (
-        "super().__init__(relu_mlp([inputs, *hidden_sizes, 1])",
-        "super().__init__(normed_mlp([inputs, *hidden_sizes, 1])",
-    )
     definition = """def normed_mlp(sizes):
     layers = []
     for layer in relu_mlp(sizes):
@@ -192,17 +192,20 @@ def test_batch_norm_in_the_critics(algo, tmp_path):
     return nn.Sequential(*layers[:-1])
 
 
-class Critics("""
-    module = fork(tmp_path, algo, edit, ("class Critics(", definition))
+"""
+    one = algo == "ddpg"
+    old = "self.critic = relu_mlp(" if one else "super().__init__(relu_mlp([inputs, *hidden_sizes, 1])"
+    first = "class DeterministicActorCritic(" if one else "class Critics("
+    module = fork(tmp_path, algo, (old, old.replace("relu", "normed")), (first, definition + first))
     seen = assert_learns_as_pytorch(module)
-    critics = seen.modules["agent"].critics
+    agent, target = seen.modules["agent"], seen.modules["target"]
+    critics = nn.ModuleList([agent.critic]) if one else agent.critics
     x = torch.cat([torch.randn(32, 3), torch.rand(32, 1)], -1)
     critic = critics[0].train()
     norm, y, values = critic[1], critic[0](x), critic[:2](x)
     expected = (y - y.mean(0)) / (y.var(0, correction=0) + norm.eps).sqrt() * norm.weight + norm.bias
     torch.testing.assert_close(values, expected)
-    target = seen.modules["target"]
-    target = getattr(target, "critics", target)
+    target = nn.ModuleList([target.critic]) if one else getattr(target, "critics", target)
     pairs = [(x, y) for x, y in zip(critics.modules(), target.modules()) if isinstance(x, nn.BatchNorm1d)]
     assert pairs and not any(y.training for _, y in pairs)
     for ours, theirs in pairs:
@@ -475,6 +478,93 @@ def test_a_recurrent_policy(tmp_path):
 def test_an_lstm_merely_put_into_the_network_fails_at_once(tmp_path):
     with pytest.raises((TypeError, AttributeError)):
         train(fork(tmp_path, "ppo", ("nn.Tanh()]", "nn.LSTM(outputs, outputs), nn.Tanh()]")))
+
+
+def leaves(tree, path=()):
+    """(path, value) of everything in a state."""
+    if isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(value, (*path, key))
+    else:
+        yield path, tree
+
+
+def assert_resumes(module: types.ModuleType, seen: types.SimpleNamespace, *names: str) -> None:
+    """Every number of what a checkpoint holds under these names is there when the run is resumed."""
+    checkpoint = torch.load(seen.result["run_dir"] / "checkpoint.pt", weights_only=True)
+    again = train(module, f"--resume {seen.result['run_dir']} --total-timesteps 120")
+    for name in names:
+        saved, loaded = dict(leaves(checkpoint[name])), dict(leaves(again.loaded[name]))
+        assert saved.keys() == loaded.keys() and len(saved) > 0
+        for path, x in saved.items():
+            same = x.equal(loaded[path]) if isinstance(x, torch.Tensor) else x == loaded[path]
+            assert same, (name, path)
+
+
+PRIORITISED = (
+    ("dtype=x, device=device) for shape, x in layout))\n",
+     "dtype=x, device=device) for shape, x in layout))\n"
+     "        self.priorities = torch.zeros(self.capacity, device=device)\n"),
+    ("        self.position = (self.position + self.num_envs) % self.capacity\n",
+     "        self.priorities[rows] = self.priorities.max().clamp(min=1.0)\n"
+     "        self.position = (self.position + self.num_envs) % self.capacity\n"),
+    ("return torch.randint(self.size, (batch_size,), device=self.data.rewards.device)",
+     "return self.priorities[: self.size].pow(0.6).multinomial(batch_size, replacement=True)"),
+    ("return state | {\"position\": self.position}",
+     "return state | {\"position\": self.position, \"priorities\": self.priorities[: self.size].clone()}"),
+    ("        self.position, self.size = state[\"position\"], len(state[\"rewards\"])\n",
+     "        self.position, self.size = state[\"position\"], len(state[\"rewards\"])\n"
+     "        self.priorities[: self.size] = state[\"priorities\"]\n"),
+    ("discounts: Tensor | float, args: Args) -> dict[str, Tensor]:",
+     "discounts: Tensor | float, args: Args, weights) -> dict[str, Tensor]:"),
+    ("    loss = F.smooth_l1_loss(q_values, targets) if args.loss == \"huber\" else 0.5 * F.mse_loss(q_values, targets)\n",
+     "    loss = (weights * F.smooth_l1_loss(q_values, targets, reduction=\"none\")).mean()\n"),
+    ("    return {\"td_loss\": loss.detach(),", "    return {\"td_errors\": (q_values - targets).detach().abs(), \"td_loss\": loss.detach(),"),
+    ("                metrics.append(gradient_of(network, target, batch, discounts, args))\n"
+     "                optimizer.step()\n",
+     "                weights = buffer.priorities[rows].pow(-0.6 * 0.4)\n"
+     "                metrics.append(gradient_of(network, target, batch, discounts, args, weights / weights.max()))\n"
+     "                optimizer.step()\n"
+     "                buffer.priorities[rows] = metrics[-1][\"td_errors\"] + 1e-6\n"),
+)  # fmt: skip
+
+
+def test_prioritised_replay_resumed(tmp_path):
+    """Its priorities are drawn by, learned, saved and restored."""
+    module = fork(tmp_path, "dqn", *PRIORITISED)
+    seen = assert_learns_as_pytorch(module)
+    buffer = seen.modules["buffer"]
+    assert len(buffer.priorities[: buffer.size].unique()) > 10, "no priority was learned"
+    buffer.priorities[: buffer.size] = 0
+    buffer.priorities[3], buffer.priorities[7] = 1, 3
+    counts = buffer.draw_rows(100_000).bincount(minlength=8)
+    assert counts[7] / counts[3] == pytest.approx(3**0.6, rel=0.05) and counts.sum() == counts[3] + counts[7]
+    assert_resumes(module, train(module), "buffer", "network", "target", "optimizer")
+
+
+THIRD = (
+    ("        run.start(envs, agent=agent, target=target, buffer=buffer, **optimizers)",
+     "        model = relu_mlp([agent.actor[0].in_features + agent.action_size, 16, agent.actor[0].in_features])\n"
+     "        model_optimizer = torch.optim.Adam(model.to(run.device).parameters(), 1e-3)\n"
+     "        optimizers |= dict(model=model, model_optimizer=model_optimizer)\n"
+     "        run.start(envs, agent=agent, target=target, buffer=buffer, **optimizers)"),
+    ("                metrics.append(critic_metrics)\n",
+     "                metrics.append(critic_metrics)\n"
+     "                predicted = model(torch.cat([batch.observations, batch.actions], -1))\n"
+     "                model_optimizer.zero_grad()\n"
+     "                model_loss = F.mse_loss(predicted, batch.next_observations)\n"
+     "                model_loss.backward()\n"
+     "                model_optimizer.step()\n"
+     "                metrics.append({\"model_loss\": model_loss.detach()})\n"),
+)  # fmt: skip
+
+
+def test_a_third_network_with_its_optimiser_resumed(tmp_path):
+    module = fork(tmp_path, "td3", *THIRD)
+    seen = assert_learns_as_pytorch(module)
+    losses = [row["model_loss"] for row in seen.metrics if "model_loss" in row]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert_resumes(module, seen, "model", "model_optimizer", "agent", "target", "critic_optimizer", "actor_optimizer")
 
 
 # Settings ---------------------------------------------------------------------------------------------------
