@@ -19,37 +19,39 @@ Two textbook algorithms are settings of this one. Online actor-critic, an update
 --num-steps 1`. Batch actor-critic, one-step advantages over a long batch: `--gae-lambda 0 --num-steps 256`; the critic
 takes one step per batch and is not fitted to the end first.
 
-Against Stable-Baselines3: the same update (parameters agree to 1e-5 after many rollouts, tests/test_a2c.py).
-SB3's VecNormalize moves its statistics at every step, here they move once per rollout. SB3 reads its learning rate
-after a rollout, here it is read before it.
+Against Stable-Baselines3 (SB3): the same update, parameters agree to 1e-5 after many rollouts (tests/test_a2c.py).
+Its VecNormalize moves its statistics at every step; it reads its learning rate after a rollout, here it is read before.
 
     python algos/a2c.py                              # CartPole-v1
-    python algos/a2c.py --env-id Pendulum-v1         # with its recommended settings
     python algos/a2c.py --env-id Hopper-v5 --seed 3  # everything measured is in benchmarks/README.md
     python algos/a2c.py --resume runs/Hopper-v5__a2c__3__…
-    torchrun --nproc-per-node 2 algos/a2c.py         # data parallel: each process has its own environments
 """
 
 import argparse
 import copy
+import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
+import re
+import shutil
 import signal
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import deque, namedtuple
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
@@ -57,76 +59,55 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+Count = Annotated[int, (1, math.inf, "at least 1")]
+Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
+Fraction = Annotated[float, (0, 1, "from 0 to 1")]
+Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
+NotNegative = Annotated[float, (0, sys.float_info.max, "0 or more")]
+
 
 @dataclass
 class Args:
     # run
-    seed: int = 1
-    """seed of everything random; same seed, same machine and thread count: same bits on CPU"""
-    total_timesteps: int = 100_000
-    """environment steps, over all environments and processes, rounded up to whole rollouts"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks live; auto takes CUDA when there is one"""
-    torch_threads: int = 1
-    """CPU threads for PyTorch; one is fastest for networks this small"""
-    compile: bool = False
-    """compile the gradient, its T steps unrolled (CUDA graphs on a GPU): pays in runs of several minutes"""
-    output_dir: str = "runs"
-    """folder that run directories are made in"""
-    resume: str | None = None
-    """run directory to go on in, with its own arguments; only --total-timesteps may be changed, schedules go by it"""
-    checkpoint_every: int = 50_000
-    """environment steps between checkpoints"""
-    eval_episodes: int = 10
-    """episodes of the final evaluation, with the deterministic policy"""
-    capture_video: bool = False
-    """record episodes 0, 1, 8, 27, 64 … of the first environment to the run directory's videos/"""
+    seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
+    total_timesteps: Count = 100_000  # environment steps, over all environments, in whole rollouts
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto takes CUDA when there is one
+    torch_threads: Count = 1  # CPU threads for PyTorch; one is fastest for networks this small
+    compile: bool = False  # compile loss and gradient, T steps unrolled: pays in runs of several minutes
+    output_dir: str = "runs"  # folder that run directories are made in
+    resume: str | None = None  # run directory to go on in, with its own flags; --total-timesteps alone may be changed
+    checkpoint_every: Count = 50_000  # environment steps between checkpoints
+    eval_episodes: Count = 10  # episodes of the final evaluation, with the deterministic policy
+    capture_video: bool = False  # record episodes 0, 1, 8, 27, 64 … of the first environment to the run's videos/
 
     # environment
-    env_id: str = "CartPole-v1"
-    """gymnasium environment; its recommended settings, where there are some, become the defaults"""
-    num_envs: int = 8
-    """parallel environments N (per process)"""
-    normalize_observations: bool = False
-    """normalise observations by their running mean and deviation, clipped to ±10"""
-    normalize_rewards: bool = False
-    """divide rewards by the running deviation of the discounted return, clipped to ±10"""
+    env_id: str = "CartPole-v1"  # gymnasium environment; its recommended settings, if any, become the defaults
+    num_envs: Count = 8  # parallel environments N
+    normalize_observations: bool = False  # normalise Box observations by running mean and deviation, clipped to ±10
+    normalize_rewards: bool = False  # divide rewards by the running deviation of the discounted return, clipped to ±10
 
     # algorithm
-    num_steps: int = 5
-    """steps T per environment and update"""
-    learning_rate: float = 7e-4
-    """the optimiser's step size"""
-    anneal_lr: bool = False
-    """lower the learning rate linearly to 0"""
-    optimizer: Literal["rmsprop", "adam"] = "rmsprop"
-    """RMSprop with smoothing 0.99, or Adam; ε is 1e-5 in both"""
-    gamma: float = 0.99
-    """discount γ"""
-    gae_lambda: float = 1.0
-    """λ of generalised advantage estimation; 1 gives n-step returns"""
-    normalize_advantages: bool = False
-    """normalise advantages per rollout and process"""
-    ent_coef: float = 0.0
-    """weight c_e of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight c_v of the value loss, a mean of squares without ½"""
-    max_grad_norm: float = 0.5
-    """bound on the gradient's global norm"""
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """tanh layers of the policy and, apart from it, of the value network"""
-    log_std_init: float = 0.0
-    """initial log standard deviation of Box actions"""
+    num_steps: Count = 5  # steps T per environment and update
+    learning_rate: Positive = 7e-4  # the optimiser's step size
+    anneal_lr: bool = False  # lower the learning rate linearly to 0
+    optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # RMSprop with smoothing 0.99, or Adam; ε is 1e-5 in both
+    gamma: Fraction = 0.99  # discount γ
+    gae_lambda: Fraction = 1.0  # λ of generalised advantage estimation; 1 gives n-step returns
+    normalize_advantages: bool = False  # normalise advantages per rollout
+    ent_coef: NotNegative = 0.0  # weight c_e of the entropy bonus
+    vf_coef: NotNegative = 0.5  # weight c_v of the value loss, a mean of squares without ½
+    max_grad_norm: Positive = 0.5  # bound on the gradient's global norm
+    hidden_sizes: tuple[Count, ...] = (64, 64)  # tanh layers of the policy and, apart from it, of the value network
+    log_std_init: float = 0.0  # initial log standard deviation of Box actions
 
 
 # fmt: off
 MUJOCO = dict(
     total_timesteps=1_000_000, num_steps=8, anneal_lr=True, gae_lambda=0.9, vf_coef=0.4, log_std_init=-1.0,
     normalize_observations=True, normalize_rewards=True)
-RECOMMENDED = {
+RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit flag wins
     "CartPole-v1": dict(total_timesteps=200_000, learning_rate=1e-3, anneal_lr=True),
-    "Acrobot-v1": dict(
-        total_timesteps=500_000, num_envs=16, normalize_observations=True, normalize_rewards=True),
+    "Acrobot-v1": dict(total_timesteps=500_000, num_envs=16, normalize_observations=True, normalize_rewards=True),
     "Pendulum-v1": dict(
         total_timesteps=500_000, num_steps=8, learning_rate=5e-3, anneal_lr=True, gamma=0.9, gae_lambda=0.9,
         vf_coef=1.0, normalize_observations=True, normalize_rewards=True),
@@ -134,34 +115,26 @@ RECOMMENDED = {
     "Swimmer-v5": MUJOCO | dict(gamma=0.9999),
 }
 # fmt: on
-"""Settings by environment id: `--env-id` alone takes them, an explicit flag wins."""
 
 
 # Networks ---------------------------------------------------------------------------------------------------
 
 
 class RunningStatistics(nn.Module):
-    """Mean and variance of all samples so far, as buffers: saved, exported and frozen with the network.
-
-    `std`, which normalises, is what `update` makes of `var`.
-    """
+    """Mean and variance of all samples so far, as buffers: saved, exported and frozen with the network."""
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("std", torch.ones(shape))
+        for name, value in (("mean", torch.zeros(shape)), ("var", torch.ones(shape)), ("std", torch.ones(shape))):
+            self.register_buffer(name, value)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def update(self, batch: Tensor) -> None:
-        """Merges a batch (B, *shape), B the same in all processes (parallel variance, Chan et al. 1979)."""
-        mean = average(batch.mean(0))
-        var = average((batch - mean).square().mean(0))
-        count = len(batch) * (dist.get_world_size() if dist.is_initialized() else 1)
-        self.count += count
-        weight = count / self.count.item()
-        self.var.lerp_(var + (1 - weight) * (mean - self.mean).square(), weight)
+        """Merges a batch (B, *shape) (parallel variance, Chan et al. 1979)."""
+        self.count += len(batch)
+        mean, weight = batch.mean(0), len(batch) / self.count.item()
+        self.var.lerp_((batch - mean).square().mean(0) + (1 - weight) * (mean - self.mean).square(), weight)
         self.mean.lerp_(mean, weight)
         self.std.copy_((self.var + 1e-8).sqrt())
 
@@ -169,52 +142,49 @@ class RunningStatistics(nn.Module):
         """x / deviation, clipped to ±10; (…, *shape)."""
         return (x / self.std).clamp(-10, 10)
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """(x − mean) / deviation, clipped to ±10; (…, *shape)."""
-        return self.scale(x - self.mean)
+
+def orthogonal_linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    """A linear layer with orthogonal weights of that gain, and no bias at first."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
-    """Tanh layers of the given sizes; weights orthogonal with gain √2, `output_gain` in the last; biases zero."""
+    """Tanh layers of the given sizes with gain √2, and a linear one with `output_gain`."""
     layers = []
-    for i in range(len(sizes) - 1):
-        last = i == len(sizes) - 2
-        linear = nn.Linear(sizes[i], sizes[i + 1])
-        nn.init.orthogonal_(linear.weight, output_gain if last else 2**0.5)
-        nn.init.zeros_(linear.bias)
-        layers += [linear] if last else [linear, nn.Tanh()]
-    return nn.Sequential(*layers)
+    for inputs, outputs in itertools.pairwise(sizes[:-1]):
+        layers += [orthogonal_linear(inputs, outputs, 2**0.5), nn.Tanh()]
+    return nn.Sequential(*layers, orthogonal_linear(sizes[-2], sizes[-1], output_gain))
 
 
-def without_modules(network: nn.Sequential) -> Callable[[Tensor], Tensor]:
-    """A network of `mlp` as a function of (B, inputs), without gradients and without the cost of calling modules.
+class ToBox(nn.Module):
+    """Actions (…, A) → what a Box takes: within its bounds, rounded where it holds integers, in its dtype."""
 
-    For the few rows of one step that cost is more than the arithmetic's. It follows weights that change in place, and
-    repeats what `mlp` does: of another network it would leave out, in silence, all but the linear layers.
-    """
-    *hidden, last = [(x.weight.detach().T, x.bias.detach()) for x in network if isinstance(x, nn.Linear)]
+    def __init__(self, space: Box):
+        super().__init__()
+        self.dtype, exact = torch.as_tensor(space.low).dtype, np.float32 if space.dtype == np.float32 else np.float64
+        self.register_buffer("bounds", torch.as_tensor(np.stack([space.low, space.high]).astype(exact)))
 
-    def function(x: Tensor) -> Tensor:
-        for weight, bias in hidden:
-            x = torch.addmm(bias, x, weight).tanh_()
-        return torch.addmm(last[1], x, last[0])
-
-    return function
+    def forward(self, actions: Tensor) -> Tensor:
+        """(…, A), of any float type."""
+        actions = actions.clamp(*self.bounds)
+        return (actions if self.dtype.is_floating_point else actions.round()).to(self.dtype)
 
 
 class ActorCritic(nn.Module):
     """Policy π(a|s) and value V(s): two networks that share nothing but the encoding of observations.
 
-    Observations are (…, D) float32 for a Box, (…,) int64 for a Discrete space, and states s (…, D) what `encode`
-    makes of them; actions are (…, A) float32, unclipped, for a Box, (…,) indices from 0 for a Discrete space.
-    `forward` is the deterministic policy, from observations to what the environment takes.
+    Observations are (…, D) float32 of a Box, (…,) int64 of a Discrete space; states s (…, D) are what `encode` makes of
+    them; actions (…, A) float32, unclipped, for a Box, (…,) indices from 0 for a Discrete space. `forward` is the
+    deterministic policy, from observations to what the environment takes.
     """
 
     def __init__(self, observation_space, action_space, hidden_sizes, normalize_observations=False, log_std_init=0.0):
         super().__init__()
         self.observation_space, self.action_space = observation_space, action_space
         self.one_hot, self.discrete = isinstance(observation_space, Discrete), isinstance(action_space, Discrete)
-        self.observation_dtype = torch.int64 if self.one_hot else torch.float32
         inputs = int(observation_space.n) if self.one_hot else observation_space.shape[0]
         self.action_size = int(action_space.n) if self.discrete else action_space.shape[0]
         self.observation_statistics = RunningStatistics(inputs) if normalize_observations and not self.one_hot else None
@@ -223,14 +193,14 @@ class ActorCritic(nn.Module):
         self.critic = mlp([inputs, *hidden_sizes, 1], output_gain=1.0)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((self.action_size,), log_std_init))
-            self.register_buffer("low", torch.as_tensor(action_space.low))
-            self.register_buffer("high", torch.as_tensor(action_space.high))
+            self.to_box = ToBox(action_space)
 
     def encode(self, obs: Tensor) -> Tensor:
         """Observations → states: one-hot for a Discrete space, normalised by the running statistics if asked for."""
         if self.one_hot:
             return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
-        return obs if self.observation_statistics is None else self.observation_statistics.normalize(obs)
+        statistics = self.observation_statistics
+        return obs if statistics is None else statistics.scale(obs - statistics.mean)
 
     def value(self, states: Tensor) -> Tensor:
         """V(s), shape (…,)."""
@@ -238,23 +208,29 @@ class ActorCritic(nn.Module):
 
     def draw_noise(self, *shape: int) -> Tensor:
         """All the randomness of a rollout's actions at once, (*shape, A): Gumbel, or Gaussian of π's deviation."""
-        noise = torch.empty(*shape, self.action_size, device=self.actor[-1].weight.device)
+        noise = torch.empty(*shape, self.action_size, device=next(self.parameters()).device)
         return -noise.exponential_().log() if self.discrete else noise.normal_() * self.log_std.detach().exp()
 
-    def sample(self, output: Tensor, noise: Tensor) -> Tensor:
-        """a ~ π(·|s) from the actor's output: mean + noise, or argmax of logits + noise (the Gumbel-max trick)."""
-        return (output + noise).argmax(-1) if self.discrete else output + noise
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """a ~ π(·|s): mean + noise, or argmax of logits + noise (the Gumbel-max trick)."""
+        output = self.actor(self.encode(obs)) + noise
+        return output.argmax(-1) if self.discrete else output
 
     def log_prob_and_entropy(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) and H(π(·|s)), both (…,)."""
+        """log π(a|s) and H(π(·|s)) in nats, both (…,), of softmax(logits) or N(mean, diag σ²), σ the same in all s."""
         output = self.actor(states)
         if self.discrete:
-            return categorical_log_prob_and_entropy(output, actions)
-        return gaussian_log_prob_and_entropy(output, self.log_std, actions)
+            log_probs = output.log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
+        log_normaliser = (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
+        log_prob = -0.5 * ((actions - output) * (-self.log_std).exp()).square().sum(-1) - log_normaliser
+        return log_prob, (log_normaliser + 0.5 * self.action_size).expand_as(log_prob)
 
     def to_env(self, actions: Tensor) -> Tensor:
         """What the environment takes: indices moved to the space's start, Box actions clipped to its bounds."""
-        return actions + int(self.action_space.start) if self.discrete else actions.clamp(self.low, self.high)
+        return actions + int(self.action_space.start) if self.discrete else self.to_box(actions)
 
     def forward(self, obs: Tensor) -> Tensor:
         """The most likely action."""
@@ -263,23 +239,6 @@ class ActorCritic(nn.Module):
 
 
 # The maths --------------------------------------------------------------------------------------------------
-
-
-def categorical_log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(a) and entropy in nats, both (…,), of softmax(logits); logits (…, A), actions (…,)."""
-    log_probs = logits.log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
-
-
-def gaussian_log_prob_and_entropy(mean: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(a) and entropy in nats, both (…,), of N(mean, diag(σ²)), σ = exp(log_std); mean, actions (…, A).
-
-    log_std is (A,), the same in all states: another shape would be summed over the states, too.
-    """
-    log_normaliser = (log_std + 0.5 * np.log(2 * np.pi)).sum()
-    log_prob = -0.5 * ((actions - mean) * (-log_std).exp()).square().sum(-1) - log_normaliser
-    return log_prob, (log_normaliser + 0.5 * len(log_std)).expand_as(log_prob)
 
 
 def linear_recurrence(x: Tensor, decay: Tensor, y: Tensor) -> Tensor:
@@ -305,95 +264,61 @@ def gae(rewards, values, next_values, terminated, truncated, gamma: float, gae_l
 def discounted_returns(rewards: Tensor, done: Tensor, previous: Tensor, gamma: float) -> Tensor:
     """R_t = r_t + γ R_{t−1}, from 0 in each episode; rewards and done (T, N), `previous` (N,) is R_{−1}.
 
-    Of past rewards, not a critic's target: its deviation is the scale by which rewards are normalised. `previous` is 0
-    for an episode that begins with this rollout.
+    Its deviation is the scale of normalised rewards. `previous` is 0 where an episode begins with the rollout.
     """
     first = torch.cat([torch.zeros_like(done[:1]), done[:-1]])
     return linear_recurrence(rewards, gamma * (~first).to(rewards.dtype), previous)
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 − Var[R̂ − V] / Var[R̂]: 1 is a perfect critic, 0 one that knows nothing but the mean; inputs of one shape."""
-    return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+# T steps of N environments; all (T, N, …). States are encoded observations.
+Rollout = namedtuple("Rollout", "states next_states actions rewards terminated truncated")
 
 
-class Rollout(NamedTuple):
-    """T steps of N environments; all (T, N, …). States are encoded observations."""
-
-    states: Tensor
-    next_states: Tensor
-    actions: Tensor
-    rewards: Tensor
-    terminated: Tensor
-    truncated: Tensor
+def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """torch.nn.utils.clip_grad_norm_, with one norm over all numbers instead of a norm of norms, which is faster."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.cat([x.flatten() for x in gradients]).norm()
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1))
 
 
-METRICS = ("policy_loss", "value_loss", "entropy", "values", "explained_variance")
-
-
-def a2c_loss(agent: ActorCritic, states, actions, advantages, returns, args: Args) -> tuple[Tensor, Tensor]:
-    """The loss L(θ) of B samples, first dimension of all, and the first three METRICS (3,)."""
-    log_probs, entropy = agent.log_prob_and_entropy(states, actions)
-    if args.normalize_advantages and len(advantages) > 1:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    policy_loss = -(log_probs * advantages.detach()).mean()
-    value_loss = F.mse_loss(agent.value(states), returns.detach())
-    entropy = entropy.mean()
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    return loss, torch.stack([policy_loss, value_loss, entropy]).detach()
-
-
-def parameter_vector(module: nn.Module) -> nn.Parameter:
-    """All parameters of `module` as one vector (P,), of which they become views.
-
-    Optimiser and gradient then take a few operations instead of a few per parameter. Call it once, after `module.to`
-    and before anything else keeps the weights; then step with `vector_step`: the optimiser never sees what
-    `loss.backward()` leaves in a parameter's .grad, and a parameter that is replaced later is trained no more.
-    """
-    parameters = list(module.parameters())
-    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    nn.utils.vector_to_parameters(vector.data, parameters)
-    return vector
-
-
-def make_optimizer(vector: nn.Parameter, args: Args) -> torch.optim.Optimizer:
-    """RMSprop or Adam."""
-    if args.optimizer == "adam":
-        return torch.optim.Adam([vector], args.learning_rate, eps=1e-5, fused=True)
-    return torch.optim.RMSprop([vector], args.learning_rate, alpha=0.99, eps=1e-5)
-
-
-def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
-    """∇loss with respect to all parameters of `module`, each of which has to take part in it, as one vector (P,): its
-    mean over the processes."""
-    gradients = torch.autograd.grad(loss, list(module.parameters()))
-    return average(torch.cat([x.flatten() for x in gradients]))
-
-
-def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
-    """One step of an optimiser of one vector (P,), down this gradient."""
-    optimizer.param_groups[0]["params"][0].grad = gradient
-    optimizer.step()
-
-
-def a2c_gradient(agent: ActorCritic, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor]:
-    """∇L(θ) on a whole rollout, of norm --max-grad-norm at most, and METRICS (5,)."""
+def a2c_gradient(agent: nn.Module, rollout: Rollout, args: Args) -> dict[str, Tensor]:
+    """Leaves ∇L(θ), of norm --max-grad-norm at most, in the parameters' .grad; with --compile this is one graph."""
     states, next_states, actions, rewards, terminated, truncated = rollout
-    with torch.no_grad():
+    with torch.no_grad():  # Â and R̂ are constants of the loss
         values, next_values = agent.value(torch.stack([states, next_states]))
         advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
         returns = advantages + values
-    loss, metrics = a2c_loss(agent, *(x.flatten(0, 1) for x in (states, actions, advantages, returns)), args)
-    metrics = torch.cat([metrics, torch.stack([values.mean(), explained_variance(values, returns)])])
-    gradient = gradient_vector(loss, agent)
-    return gradient * (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1), metrics
+        explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+        if args.normalize_advantages and advantages.numel() > 1:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    log_probs, entropies = agent.log_prob_and_entropy(states.flatten(0, 1), actions.flatten(0, 1))
+    policy_loss = -(log_probs * advantages.flatten()).mean()
+    value_loss = F.mse_loss(agent.value(states.flatten(0, 1)), returns.flatten())
+    entropy = entropies.mean()
+    (policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy).backward()
+    clip_gradient(agent.parameters(), args.max_grad_norm)
+    metrics = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, values=values.mean())
+    metrics["explained_variance"] = explained  # the part of the returns' variance that V explains
+    return {name: x.detach() for name, x in metrics.items()}
 
 
-def a2c_update(agent: ActorCritic, optimizer, rollout: Rollout, args: Args, gradient_of=a2c_gradient) -> Tensor:
-    """One step of the optimiser on a rollout. Returns METRICS before it, (5,)."""
-    gradient, metrics = gradient_of(agent, rollout, args)
-    vector_step(optimizer, gradient)
-    return average(metrics)
+def make_optimizer(parameters: Iterable[nn.Parameter], args: Args) -> torch.optim.Optimizer:
+    """RMSprop or Adam."""
+    if args.optimizer == "adam":
+        return torch.optim.Adam(parameters, args.learning_rate, eps=1e-5, fused=True)
+    return torch.optim.RMSprop(parameters, args.learning_rate, alpha=0.99, eps=1e-5, foreach=True)
+
+
+def anneal(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets the learning rate of each of its groups to `factor` times the one that it began with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """torch.compile, the backward pass in the function included; on CUDA as CUDA graphs, whose results are copied."""
+    graphs = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+    return lambda *inputs: {name: x.clone() for name, x in graphs(*inputs).items()}
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -404,356 +329,356 @@ LOG_EVERY = 1_000
 
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
-    rank, world_size, device = set_up(args)
-    spaces = check_spaces(args, (Discrete, Box))
-    agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
-    optimizer = make_optimizer(parameter_vector(agent), args)
-    gradient_of = compiled(a2c_gradient, device) if args.compile else a2c_gradient
-    run = Run(args, rank, {"agent": agent, "optimizer": optimizer})
-    envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
+    with Run(args) as run:
+        envs = Envs(args, args.num_envs, (Discrete, Box))
+        spaces = envs.observation_space, envs.action_space
+        agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(run.device)
+        optimizer = make_optimizer(agent.parameters(), args)
+        gradient_of = compiled(a2c_gradient, run.device) if args.compile else a2c_gradient
+        run.start(envs, agent=agent, optimizer=optimizer)  # all that a checkpoint holds
 
-    actor = without_modules(agent.actor)  # a network that is not `mlp`'s has to act itself
+        obs, discounted_return = envs.reset(args.seed + run.step), torch.zeros(args.num_envs, device=run.device)
+        metrics, logged_step = [], run.step
+        while run.goes_on():
+            anneal(optimizer, 1 - run.step / args.total_timesteps if args.anneal_lr else 1)
 
-    def tensor(x, dtype=torch.float32):
-        return torch.as_tensor(np.asarray(x), dtype=dtype, device=device)
+            # Collect T steps from every environment with the policy as it stands.
+            rollout = []
+            for noise in agent.draw_noise(args.num_steps, args.num_envs):
+                actions = agent.act(torch.as_tensor(obs, device=run.device), noise)
+                acted_on = obs
+                obs, next_obs, rewards, terminated, truncated = envs.step(agent.to_env(actions))
+                rollout.append((acted_on, next_obs, actions.numpy(force=True), rewards, terminated, truncated))
+                run.advance(envs)
+            rollout = (torch.as_tensor(np.array(x), device=run.device) for x in zip(*rollout))
+            observations, next_observations, actions, rewards, terminated, truncated = rollout
 
-    obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
-    discounted_return = torch.zeros(args.num_envs, device=device)
-    metrics = []
-    logged_step = run.step
-    while run.step < args.total_timesteps and not run.interrupted():
-        remaining = 1 - run.step / args.total_timesteps
-        lr = optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
+            # Update: one gradient step on the whole rollout; everything is (T, N, …).
+            if args.normalize_rewards:
+                done = terminated | truncated
+                discounted = discounted_returns(rewards, done, discounted_return, args.gamma)
+                discounted_return = discounted[-1] * ~done[-1]
+                agent.return_statistics.update(discounted.flatten())
+                rewards = agent.return_statistics.scale(rewards)
+            states, next_states = agent.encode(observations), agent.encode(next_observations)
+            rollout = Rollout(states, next_states, actions, rewards, terminated, truncated)
+            optimizer.zero_grad()
+            metrics.append(gradient_of(agent, rollout, args))
+            optimizer.step()
+            if agent.observation_statistics is not None:
+                agent.observation_statistics.update(observations.flatten(0, 1))
 
-        # Collect T steps from every environment with the policy as it stands.
-        rollout = []
-        for noise in agent.draw_noise(args.num_steps, args.num_envs):
-            actions = agent.sample(actor(agent.encode(tensor(obs, agent.observation_dtype))), noise)
-            acted_on = obs
-            obs, next_obs, rewards, terminated, truncated, infos = step_envs(envs, agent.to_env(actions))
-            rollout.append((acted_on, next_obs, actions.cpu(), rewards, terminated, truncated))
-            run.step += args.num_envs * world_size
-            run.log_episodes(infos)
-
-        # Update: one gradient step on the whole rollout; everything is (T, N, …).
-        observations, next_observations, actions, rewards, terminated, truncated = zip(*rollout)
-        observations = tensor(observations, agent.observation_dtype)
-        next_observations = tensor(next_observations, agent.observation_dtype)
-        actions, rewards = torch.stack(actions).to(device), tensor(rewards)
-        terminated, truncated = tensor(terminated, torch.bool), tensor(truncated, torch.bool)
-        if args.normalize_rewards:
-            done = terminated | truncated
-            discounted = discounted_returns(rewards, done, discounted_return, args.gamma)
-            discounted_return = discounted[-1] * ~done[-1]
-            agent.return_statistics.update(discounted.flatten())
-            rewards = agent.return_statistics.scale(rewards)
-        states, next_states = agent.encode(observations), agent.encode(next_observations)
-        rollout = Rollout(states, next_states, actions, rewards, terminated, truncated)
-        rollout_metrics = a2c_update(agent, optimizer, rollout, args, gradient_of)
-        metrics.append(rollout_metrics.clone())  # CUDA graphs reuse the memory of their outputs
-        if agent.observation_statistics is not None:
-            agent.observation_statistics.update(observations.flatten(0, 1))
-
-        # Log.
-        if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
-            losses = torch.stack(metrics).mean(0).tolist()
-            run.log(dict(zip(METRICS, losses)), learning_rate=lr)
-            metrics, logged_step = [], run.step
-        if run.step - run.saved_step >= args.checkpoint_every:
-            run.checkpoint()
-
-    envs.close()
-    return run.finish(agent)
+            if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
+                run.log(metrics, learning_rate=optimizer.param_groups[0]["lr"])
+                metrics, logged_step = [], run.step
+        return run.finish(agent)
 
 
 # Plumbing: the same in every file ---------------------------------------------------------------------------
 
 ALGO = Path(__file__).stem
-FLATTEN = "Flatten it with gymnasium.wrappers.FlattenObservation"
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Stops with one line on stderr; exit code 2 where the request was wrong, 1 where the run went wrong."""
-    tqdm.write(f"{ALGO}.py: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
+    tqdm.write(f"{ALGO}.py: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, below a progress bar
     raise SystemExit(code)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
+    for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
+        stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--env-id", "--env_id", default=Args.env_id)
     early.add_argument("--resume")
     known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id, **RECOMMENDED.get(known.env_id, {})})
+    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
     if known.resume:
-        try:
-            saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
-            saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-            defaults = Args(**saved)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"--resume {known.resume}: not the directory of a run of {ALGO}.py ({error})")
+        defaults = Args(**load_checkpoint(known.resume)["args"])
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{__doc__.splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
+    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
     args = tyro.cli(Args, default=defaults, args=argv, description=description)
     if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
         fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
     return args
 
 
-def set_up(args: Args) -> tuple[int, int, torch.device]:
-    """Seeds, threads, device; meets the other processes under torchrun. Returns (rank, world size, device)."""
-    for name, value in asdict(args).items():
-        if type(value) is int and value < 1 and name != "seed":
-            fail(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if not 0 <= args.seed < 2**32:
-        fail(f"--seed {args.seed} must be from 0 to 2³² − 1")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
-    rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
-    torch.set_num_threads(args.torch_threads)
-    random.seed(args.seed)
-    np.random.seed(args.seed)  # neither is drawn from here: a checkpoint has PyTorch's state alone
-    torch.manual_seed(args.seed)
-    return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+def check_args(args: Args) -> None:
+    """Refuses a value outside the range that its type in Args names."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+            if not all(x is None or low <= x <= high for x in values):
+                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
 
 
-def average(x: Tensor) -> Tensor:
-    """Mean over the processes of torchrun; x itself where there is only one."""
-    if not dist.is_initialized():
-        return x
-    total = x.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
-        torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+def load_checkpoint(folder: str, **modules) -> dict:
+    """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
+    try:
+        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=True)
+        if state["algo"] != ALGO:
+            raise ValueError(f"it is {state['algo']}.py's")
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
+        fail(f"--resume {folder}: no checkpoint of this {ALGO}.py, or of an older version of it ({error!r:.200})")
+    return state
 
 
 def make_env(args: Args, **kwargs) -> gym.Env:
-    """gymnasium.make, or one line why not."""
+    """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
     try:
-        return gym.make(args.env_id, **kwargs)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
+        env = gym.make(args.env_id, **kwargs)
+    except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
+        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
+        fail(f"--env-id {args.env_id}: {error} ({hint})")
+    plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
+    return env if plain else gym.wrappers.FlattenObservation(env)
 
 
-def check_spaces(args: Args, action_spaces: tuple[type, ...], hint: str = "") -> tuple[gym.Space, gym.Space]:
-    """The environment's observation and action space; refuses what the networks cannot take."""
-    env = make_env(args)
-    env.close()
-    if args.capture_video and "rgb_array" not in env.metadata["render_modes"]:
-        fail(f"--capture-video: {args.env_id} cannot render to images")
-    observation = ("observation", env.observation_space, (Discrete, Box), FLATTEN)
-    for kind, space, allowed, way_out in (observation, ("action", env.action_space, action_spaces, hint)):
-        if not isinstance(space, allowed) or (isinstance(space, Box) and len(space.shape) != 1):
-            names = " or ".join("a one-dimensional Box" if x is Box else x.__name__ for x in allowed)
-            message = f"{args.env_id} has the {kind} space {space}; {ALGO} needs {names}. {way_out}"
-            fail(" ".join(message.split()))
-    return env.observation_space, env.action_space
+class Envs:
+    """N environments, stepped in turn; where an episode ends, the next one begins within the same step.
 
-
-def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
-    """Environments that reset within the step that ends an episode: no step is spent on a reset."""
-
-    def make(index: int) -> gym.Env:
-        if video_dir is None or index > 0:
-            return make_env(args)
-        return gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), str(video_dir))
-
-    envs = [lambda index=index: make(index) for index in range(num_envs)]
-    envs = gym.vector.SyncVectorEnv(envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
-
-
-def step_envs(envs: gym.vector.VectorEnv, actions: Tensor) -> tuple:
-    """(observation to act on, observation reached, rewards, terminated, truncated, infos).
-
-    The two observations differ where an episode ended: it reached its final one, and the next one has begun.
-    """
-    obs, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
-    reached = obs
-    if "final_obs" in infos:
-        reached = obs.copy()
-        for i in np.flatnonzero(infos["_final_obs"]):
-            reached[i] = infos["final_obs"][i]
-    if not (np.isfinite(rewards).all() and np.isfinite(reached).all()):
-        fail("the environment gave a reward or observation that is not finite; the last checkpoint stays", code=1)
-    return obs, reached, rewards, terminated, truncated, infos
-
-
-class Run:
-    """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
-
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
-    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
+    Observations are copies (N, …): float32, bytes as they are, int64 of a Discrete space.
     """
 
-    def __init__(self, args: Args, rank: int, modules: dict):
-        self.args, self.rank, self.modules, self.signals, self.stopped = args, rank, modules, [], False
-        self.step, self.saved_step, self.seconds, self.monitor_size = 0, 0, 0.0, 0
-        self.dir = Path(args.resume) if args.resume else None
+    def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
+        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
+        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
+        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
+        self.dtype = np.int64 if index else np.uint8 if image else np.float32
+        self.episodes = []  # (environment, return, length) of those that ended in the last step
+        if len(self.observation_space.shape) == 3:
+            fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
+        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
+            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
+            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
+            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+
+    def film(self, args: Args, folder: str, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
+        self.envs[0] = gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), folder, name_prefix=name)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """First observations (N, …); environment i is seeded with seed + i."""
+        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
+
+    def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
+        """(observations to act on, observations reached, rewards, terminated, truncated), each (N, …).
+
+        The two observations differ where an episode ended: it reached its final one, and the next one has begun.
+        """
+        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
+            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
+            rewards[i] = reward = float(reward)
+            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
+            if self.lengths[i] == 1000 and getattr(env, "recording", False):
+                env.stop_recording()  # its frames are kept in memory
+        finite("reward", rewards), finite("observation", reached)
+        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
+        for i, *_ in self.episodes:
+            obs = reached.copy() if obs is reached else obs
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
+        return obs, reached, rewards, terminated, truncated
+
+    def close(self) -> None:
+        """Closes them all."""
+        for env in self.envs:
+            env.close()
+
+
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
+class Run(ExitStack):
+    """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        check_args(args)
+        self.args, self.step, self.updates, self.saved_step, self.longest_episode = args, 0, 0, 0, 0
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        if kind != "cpu" and not getattr(torch, kind).is_available():
+            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
+        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.callback(torch.set_num_threads, torch.get_num_threads())
+        self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        if args.compile:
+            self.compile_backward()
+
+        def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
+            self.stopped = True
+            signal.signal(number, signal.SIG_DFL)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
+                self.callback(signal.signal, number, signal.signal(number, stop))
+        torch.set_num_threads(args.torch_threads)
+        random.seed(args.seed), np.random.seed(args.seed)  # not drawn from here: a checkpoint has PyTorch's state alone
+        torch.manual_seed(args.seed)
+
+    def compile_backward(self) -> None:
+        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
+        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+
+    def __exit__(self, kind, error, trace) -> bool:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+
+    def start(self, envs, **modules) -> None:
+        """Makes a run directory, or opens --resume's. `modules`, with state_dicts, are what a checkpoint holds."""
+        args, self.envs, self.modules, state = self.args, envs, modules, {"seconds": 0, "monitor_size": 0}
+        self.callback(envs.close)
+        self.dir = Path(args.resume) if args.resume else self.new_dir()
+        self.monitor = self.enter_context(open(self.dir / "monitor.csv", "a", buffering=1, newline=""))
+        try:
+            getattr(os, "lockf", max)(self.monitor.fileno(), getattr(os, "F_TLOCK", 0), 0)  # Windows has no such lock
+        except OSError:
+            fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
-            self.restore()
-        elif rank == 0:
-            self.dir = self.new_dir()
-        self.start_step, self.start_time = self.step, time.time() - self.seconds
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        if rank > 0:
-            torch.manual_seed(args.seed + self.step + rank)
-            return
+            state = load_checkpoint(args.resume, **modules)
+            self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
+            self.saved_step = self.step
+            torch.set_rng_state(state["rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
+        self.start_time = time.time() - state["seconds"]
+        self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
         about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
         about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        (self.dir / "args.tmp").write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(self.dir / "args.tmp", self.dir / "args.json")
+        (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+        if args.capture_video:
+            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
-        self.monitor = open(self.dir / "monitor.csv", "a", buffering=1)
-        self.monitor.truncate(self.monitor_size)  # episodes after the checkpoint will be lived through again
-        if self.monitor_size == 0:
-            header = {"t_start": self.start_time, "env_id": args.env_id}
-            self.monitor.write(f"#{json.dumps(header)}\nr,l,t\n")
+        self.callback(self.writer.close)
+        if not args.resume:
+            self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
-        self.recent_returns = deque(maxlen=100)
+        settings = {name: value == getattr(args, name) for name, value in RECOMMENDED.get(args.env_id, {}).items()}
+        texts = {yes: [f"{x}={getattr(args, x)}" for x in settings if settings[x] is yes] for yes in (True, False)}
+        print(f"recommended settings taken: {' '.join(texts[True])}; overridden: {' '.join(texts[False])}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
+        self.callback(self.bar.close)
 
     def new_dir(self) -> Path:
         """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        name = f"{self.args.env_id.replace('/', '-')}__{ALGO}__{self.args.seed}__{int(time.time())}"
-        for n in itertools.count():
-            path = Path(self.args.output_dir) / (f"{name}_{n}" if n else name)
-            try:
-                path.mkdir(parents=True)
-                return path
-            except FileExistsError:
-                pass
-            except OSError as error:
-                fail(f"--output-dir {self.args.output_dir}: {error}")
+        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
+        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+                with suppress(FileExistsError):
+                    path.mkdir()
+                    return path
+        except OSError as error:
+            fail(f"--output-dir {self.args.output_dir}: {error}")
 
-    def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM let the iteration in progress end; a second one stops at once."""
-        self.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    def interrupted(self) -> bool:
-        """Whether this process, or another one under torchrun, was asked to stop."""
-        self.stopped = average(torch.tensor(float(len(self.signals)))).item() > 0
-        return self.stopped
+    def goes_on(self) -> bool:
+        """Whether there are steps left and nobody has asked to stop; writes a checkpoint where one is due."""
+        if self.step - self.saved_step >= self.args.checkpoint_every:
+            self.checkpoint()
+        return self.step < self.args.total_timesteps and not self.stopped
 
     def checkpoint(self) -> None:
         """Writes checkpoint.pt under another name and renames it: whenever the process dies, a whole one is there."""
-        if self.rank > 0:
-            return
-        weights = [x for module in self.modules.values() if isinstance(module, nn.Module) for x in module.parameters()]
-        if not all(x.isfinite().all() for x in weights):
+        networks = [module for module in self.modules.values() if isinstance(module, nn.Module)]
+        if not all(x.isfinite().all() for network in networks for x in network.parameters()):
             fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"step": self.step, "seconds": time.time() - self.start_time}
-        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
-        state["rng"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        torch.save(state, self.dir / "checkpoint.tmp")
-        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
+        state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
+        try:
+            torch.save(state, self.dir / "checkpoint.tmp")
+            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
+            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
         self.saved_step = self.step
 
-    def restore(self) -> None:
-        """Loads checkpoint.pt into the modules, the counters and PyTorch's random state."""
-        try:
-            state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-            for name, module in self.modules.items():
-                module.load_state_dict(state[name])
-            self.step = self.saved_step = state["step"]
-            self.seconds, self.monitor_size = state["seconds"], state["monitor_size"]
-            torch.set_rng_state(state["rng"]["torch"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this run
-            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            fail(f"--resume {self.dir}: checkpoint.pt cannot be used ({reason})")
-
-    def log_episodes(self, infos: dict) -> None:
-        """Writes the episodes that ended in this step to monitor.csv and TensorBoard."""
-        if self.rank > 0 or "episode" not in infos:
-            return
-        for i in np.flatnonzero(infos["_episode"]):
-            episode_return, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
+    def advance(self, envs) -> None:
+        """Counts a step of all environments, and writes down the episodes that it ended."""
+        self.step += envs.num_envs
+        for _, episode_return, length in envs.episodes:
+            self.longest_episode = max(self.longest_episode, length)
+            self.recent_returns.append(episode_return)
             self.monitor.write(f"{episode_return:.6f},{length},{time.time() - self.start_time:.6f}\n")
             self.writer.add_scalar("charts/episodic_return", episode_return, self.step)
             self.writer.add_scalar("charts/episodic_length", length, self.step)
-            self.recent_returns.append(episode_return)
 
-    def log(self, losses: dict[str, float], **charts: float) -> None:
-        """Writes losses/* and charts/* to TensorBoard and moves the progress bar; stops where a loss is not finite."""
-        bad = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
-        if bad:
-            fail(f"{bad} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
-        if self.rank > 0:
-            return
-        charts["SPS"] = (self.step - self.start_step) / (time.time() - self.start_time - self.seconds)
+    def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
+        """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
+        names = dict.fromkeys(itertools.chain(*metrics))
+        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
+        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
+        charts["SPS"] = self.step / (time.time() - self.start_time)
         for group, values in (("losses", losses), ("charts", charts)):
             for name, value in values.items():
                 self.writer.add_scalar(f"{group}/{name}", value, self.step)
-        if self.recent_returns:
-            self.bar.set_postfix({"return": f"{np.mean(self.recent_returns):.1f}"}, refresh=False)
+        self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
         self.bar.update(self.step - self.bar.n)
 
     def finish(self, policy: nn.Module) -> dict:
         """Last checkpoint; then, unless the run was interrupted, policy.pt2, the evaluation and the last two lines."""
         self.checkpoint()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if self.rank > 0:
-            return {}
         self.bar.close()
-        self.monitor.close()
         if self.stopped:
             print(f"stopped at step {self.step}; to go on: --resume {self.dir}", file=sys.stderr)
             raise SystemExit(130)
-        export_policy(policy, self.dir / "policy.pt2")
-        returns = evaluate(policy, self.args)
+        export_policy(policy, self.envs, self.dir / "policy.pt2")
+        limit = self.envs.time_limit or 10 * self.longest_episode or 1000
+        if self.envs.time_limit is None:
+            print(f"{self.args.env_id} has no time limit: evaluation cuts episodes after {limit} steps")
+        returns = evaluate(policy, self.args, type(self.envs), max_episode_steps=limit)
         self.writer.add_scalar("eval/episodic_return", returns.mean(), self.step)
-        self.writer.close()
         print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-        print(f"run directory: {self.dir}")
+        print(f"run directory: {self.dir}", flush=True)
         return {"run_dir": self.dir, "returns": returns}
 
 
 @torch.no_grad()
-def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
-    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment.
-
-    A policy with a memory would have to carry it on here, and in export_policy; one with dropout or BatchNorm, to be
-    switched to eval() in both.
-    """
-    envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 1_000_000)
-    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    device = next(policy.parameters()).device
-    while running.any():
-        actions = policy(torch.as_tensor(obs, dtype=policy.observation_dtype, device=device))
-        obs, _, rewards, terminated, truncated, _ = step_envs(envs, actions)
-        returns += rewards * running
-        running &= ~(terminated | truncated)
+def evaluate(policy: nn.Module, args: Args, envs_class: type = Envs, **kwargs) -> np.ndarray:
+    """Returns (eval_episodes,) of the deterministic policy; episode i is reset with seed + 1 000 000 + i."""
+    envs, training = envs_class(args, min(args.num_envs, args.eval_episodes), **kwargs), policy.training
+    returns, device = np.full(args.eval_episodes, np.nan), next(policy.parameters()).device
+    policy.eval()
+    for first in range(0, args.eval_episodes, envs.num_envs):
+        obs, playing = envs.reset(args.seed + 1_000_000 + first), returns[first : first + envs.num_envs]
+        while np.isnan(playing).any():
+            obs, *_ = envs.step(policy(torch.as_tensor(obs, device=device)))
+            for i, episode_return, _ in envs.episodes:
+                if i < len(playing) and np.isnan(playing[i]):
+                    playing[i] = episode_return
     envs.close()
+    policy.train(training)
     return returns
 
 
-def export_policy(policy: nn.Module, path: Path) -> None:
-    """Saves `policy.forward` for the CPU: `torch.export.load(path).module()(obs)`, any batch size.
-
-    The module's other weights, critics for instance, go into the file as well.
-    """
-    policy = copy.deepcopy(policy).cpu()
-    example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
-    program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
+def export_policy(policy: nn.Module, envs, path: Path) -> None:
+    """Saves `policy.forward` (and all its weights): `torch.export.load(path).module()(obs)`, any batch size."""
+    example = torch.as_tensor(np.stack([envs.observation_space.sample()] * 2).astype(envs.dtype))
+    policy, shapes = copy.deepcopy(policy).cpu().eval(), ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=shapes), path)
 
 
 if __name__ == "__main__":

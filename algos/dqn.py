@@ -17,40 +17,41 @@ where m = n (`--n-step`), or less where the episode ends before. Details that ma
   differ by much more than 1, Huber finds something near their median, not their mean: then `--loss squared`.
 - At a constant learning rate the greedy policy is good at one moment and bad at the next: `--anneal-lr` where the
   last one counts.
-- Transitions lie in tensors that are allocated once; observations of uint8 stay uint8, others become float32.
 
-Against Stable-Baselines3: the same update with `--no-double` (parameters agree to 1e-5 after many updates, n-step
+Against Stable-Baselines3 (SB3): the same update with `--no-double` (parameters agree to 1e-5 after many updates, n-step
 windows included, tests/test_dqn.py); SB3 has no Double DQN, no Boltzmann exploration and no squared loss.
 
     python algos/dqn.py                              # CartPole-v1
     python algos/dqn.py --env-id Acrobot-v1          # with its recommended settings
     python algos/dqn.py --n-step 5 --exploration boltzmann --exploration-end 0.5
     python algos/dqn.py --resume runs/Acrobot-v1__dqn__1__…
-    torchrun --nproc-per-node 2 algos/dqn.py         # data parallel: each process has its own environments and buffer
-                                                     # (but after --resume all of them begin with rank 0's buffer)
 """
 
 import argparse
 import copy
+import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import deque, namedtuple
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
@@ -58,80 +59,55 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+Count = Annotated[int, (1, math.inf, "at least 1")]
+Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
+Fraction = Annotated[float, (0, 1, "from 0 to 1")]
+Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
+NotNegative = Annotated[float, (0, sys.float_info.max, "0 or more")]
+
 
 @dataclass
 class Args:
     # run
-    seed: int = 1
-    """seed of everything random; same seed, same machine and thread count: same bits on CPU"""
-    total_timesteps: int = 100_000
-    """environment steps, over all environments and processes"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks and the replay buffer live; auto takes CUDA when there is one"""
-    torch_threads: int = 1
-    """CPU threads for PyTorch; one is fastest for networks this small"""
-    compile: bool = False
-    """compile the gradient with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
-    output_dir: str = "runs"
-    """folder that run directories are made in"""
-    resume: str | None = None
-    """run directory to go on in, with its own arguments; only --total-timesteps may be changed, schedules go by it"""
-    checkpoint_every: int = 50_000
-    """environment steps between checkpoints, which hold the replay buffer too"""
-    eval_episodes: int = 10
-    """episodes of the final evaluation, with the deterministic policy"""
-    capture_video: bool = False
-    """record episodes 0, 1, 8, 27, 64 … of the first environment to the run directory's videos/"""
+    seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
+    total_timesteps: Count = 100_000  # environment steps, over all environments
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where networks and replay buffer live; auto prefers CUDA
+    torch_threads: Count = 1  # CPU threads for PyTorch; one is fastest for networks this small
+    compile: bool = False  # compile loss and gradient with torch.compile: pays in runs of several minutes
+    output_dir: str = "runs"  # folder that run directories are made in
+    resume: str | None = None  # run directory to go on in, with its own flags; --total-timesteps alone may be changed
+    checkpoint_every: Count = 50_000  # environment steps between checkpoints, which hold the replay buffer too
+    eval_episodes: Count = 10  # episodes of the final evaluation, with the deterministic policy
+    capture_video: bool = False  # record episodes 0, 1, 8, 27, 64 … of the first environment to the run's videos/
 
     # environment
-    env_id: str = "CartPole-v1"
-    """gymnasium environment; its recommended settings, where there are some, become the defaults"""
-    num_envs: int = 1
-    """parallel environments N (per process)"""
+    env_id: str = "CartPole-v1"  # gymnasium environment; its recommended settings, if any, become the defaults
+    num_envs: Count = 1  # parallel environments N
 
     # algorithm
-    buffer_size: int = 100_000
-    """transitions that the replay buffer holds (per process)"""
-    learning_starts: int = 1_000
-    """environment steps with random actions before the first update"""
-    batch_size: int = 128
-    """transitions per gradient step (per process)"""
-    train_frequency: int = 4
-    """steps of every environment between updates"""
-    gradient_steps: int = 4
-    """gradient steps per update, whatever the number of environments"""
-    learning_rate: float = 6.3e-4
-    """Adam's step size"""
-    anneal_lr: bool = False
-    """lower the learning rate linearly to 0"""
-    gamma: float = 0.99
-    """discount γ"""
-    n_step: int = 1
-    """rewards n that a target sums before it bootstraps"""
-    double: bool = True
-    """let the network that is trained choose the target's action (Double DQN)"""
-    loss: Literal["huber", "squared"] = "huber"
-    """loss ℓ of a temporal difference"""
-    max_grad_norm: float = 10.0
-    """bound on the gradient's global norm"""
-    target_frequency: int = 250
-    """environment steps between updates of the target network, which come after a step of all environments"""
-    tau: float = 1.0
-    """share of the trained network in an update of the target network; 1 copies it"""
-    exploration: Literal["epsilon", "boltzmann"] = "epsilon"
-    """ε-greedy, or actions with a probability in proportion to exp(Q / temperature)"""
-    exploration_start: float = 1.0
-    """ε or temperature at the start"""
-    exploration_end: float = 0.1
-    """ε or temperature once --exploration-fraction of the run has passed"""
-    exploration_fraction: float = 0.12
-    """part of --total-timesteps over which it falls, linearly"""
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    """ReLU layers of the network"""
+    buffer_size: Count = 100_000  # transitions that the replay buffer holds
+    learning_starts: Count = 1_000  # environment steps with random actions before the first update
+    batch_size: Count = 128  # transitions per gradient step
+    train_frequency: Count = 4  # steps of every environment between updates
+    gradient_steps: Count = 4  # gradient steps per update, whatever the number of environments
+    learning_rate: Positive = 6.3e-4  # Adam's step size
+    anneal_lr: bool = False  # lower the learning rate linearly to 0 at --total-timesteps
+    gamma: Fraction = 0.99  # discount γ
+    n_step: Count = 1  # rewards n that a target sums before it bootstraps
+    double: bool = True  # let the network that is trained choose the target's action (Double DQN)
+    loss: Literal["huber", "squared"] = "huber"  # loss ℓ of a temporal difference
+    max_grad_norm: Positive = 10.0  # bound on the gradient's global norm
+    target_frequency: Count = 250  # environment steps between updates of the target network, after a step of all
+    tau: Fraction = 1.0  # share of the trained network in an update of the target network; 1 copies it
+    exploration: Literal["epsilon", "boltzmann"] = "epsilon"  # ε-greedy, or in proportion to exp(Q / temperature)
+    exploration_start: NotNegative = 1.0  # ε or temperature at the start
+    exploration_end: NotNegative = 0.1  # ε or temperature once --exploration-fraction of the run has passed
+    exploration_fraction: Positive = 0.12  # part of --total-timesteps over which it falls, linearly
+    hidden_sizes: tuple[Count, ...] = (256, 256)  # ReLU layers of the network
 
 
 # fmt: off
-RECOMMENDED = {
+RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit flag wins
     "CartPole-v1": dict(
         total_timesteps=50_000, train_frequency=64, gradient_steps=32, learning_rate=2e-3, anneal_lr=True, gamma=0.98,
         n_step=3, target_frequency=128, exploration_end=0.04, exploration_fraction=0.16, hidden_sizes=(128, 128)),
@@ -142,7 +118,6 @@ RECOMMENDED = {
     "LunarLander-v3": dict(buffer_size=50_000, learning_starts=1),
 }
 # fmt: on
-"""Settings by environment id: `--env-id` alone takes them, an explicit flag wins."""
 
 
 # Networks ---------------------------------------------------------------------------------------------------
@@ -151,16 +126,9 @@ RECOMMENDED = {
 def relu_mlp(sizes: list[int]) -> nn.Sequential:
     """ReLU layers of the given sizes, the last one linear; PyTorch's own initialisation."""
     layers = []
-    for inputs, outputs in itertools.pairwise(sizes):
+    for inputs, outputs in itertools.pairwise(sizes[:-1]):
         layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
-
-
-def storage_dtype(space: gym.Space) -> torch.dtype:
-    """What a replay buffer keeps of a space: uint8 as it is, an index as int64, other numbers as float32."""
-    if isinstance(space, Discrete):
-        return torch.int64
-    return torch.uint8 if space.dtype == np.uint8 else torch.float32
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
 class QNetwork(nn.Module):
@@ -172,25 +140,15 @@ class QNetwork(nn.Module):
     def __init__(self, observation_space, action_space, hidden_sizes):
         super().__init__()
         self.observation_space, self.action_space = observation_space, action_space
-        self.observation_dtype = storage_dtype(observation_space)
         self.one_hot = isinstance(observation_space, Discrete)
         inputs = int(observation_space.n) if self.one_hot else observation_space.shape[0]
         self.network = relu_mlp([inputs, *hidden_sizes, int(action_space.n)])
-        # The same tensors once more; whoever changes relu_mlp changes q_values too.
-        self.layers = [(layer.weight, layer.bias) for layer in self.network if isinstance(layer, nn.Linear)]
-
-    def encode(self, obs: Tensor) -> Tensor:
-        """Observations → states (…, D): one-hot for a Discrete space."""
-        if self.one_hot:
-            obs = F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n))
-        return obs.float()
 
     def q_values(self, obs: Tensor) -> Tensor:
-        """Q(s, ·), shape (…, A): as from `network`, without the cost of calling its modules."""
-        x = self.encode(obs)
-        for weight, bias in self.layers[:-1]:
-            x = F.linear(x, weight, bias).relu_()
-        return F.linear(x, *self.layers[-1])
+        """Q(s, ·), shape (…, A); a Discrete space's observations become one-hot."""
+        if self.one_hot:
+            obs = F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n))
+        return self.network(obs.float())
 
     def to_env(self, actions: Tensor) -> Tensor:
         """What the environment takes: indices moved to the space's start."""
@@ -203,20 +161,9 @@ class QNetwork(nn.Module):
 
 # Replay -----------------------------------------------------------------------------------------------------
 
-
-class Transitions(NamedTuple):
-    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to.
-
-    A one-step target needs `terminated` alone. An n-step target must not go on past `truncated` either, nor past the
-    newest rows of a buffer: n_step_transitions of dqn.py.
-    """
-
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    next_observations: Tensor
-    terminated: Tensor
-    truncated: Tensor
+# Steps of an environment, first dimension B; each next observation is the one that its step truly led to. A one-step
+# target needs `terminated` alone; one of several steps must not go on past `truncated` either (see dqn.py).
+Transitions = namedtuple("Transitions", "observations actions rewards next_observations terminated truncated")
 
 
 class ReplayBuffer:
@@ -229,17 +176,15 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
         self.capacity, self.num_envs, self.position, self.size = capacity // num_envs * num_envs, num_envs, 0, 0
-        observation = observation_space.shape, storage_dtype(observation_space)
+        index, image = isinstance(observation_space, Discrete), observation_space.dtype == np.uint8
+        observation = observation_space.shape, torch.int64 if index else torch.uint8 if image else torch.float32
         action = action_space.shape, torch.int64 if isinstance(action_space, Discrete) else torch.float32
-        flag = (), torch.bool
-        layout = Transitions(observation, action, ((), torch.float32), observation, flag, flag)
-        needed = sum(self.capacity * int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
+        layout = Transitions(observation, action, ((), torch.float32), observation, ((), torch.bool), ((), torch.bool))
+        needed = sum(self.capacity * math.prod(shape) * dtype.itemsize for shape, dtype in layout)
         if self.capacity == 0:
             fail(f"--buffer-size {capacity} must be at least --num-envs {num_envs}")
         if needed > (free := free_memory(device)):
-            fail(
-                f"--buffer-size {capacity} needs {needed:,} bytes, and {device} has {free:,} free: choose a smaller one"
-            )
+            fail(f"--buffer-size {capacity} needs {needed:,} bytes, {device} has {free:,} free: choose a smaller one")
         self.data = Transitions(*(torch.zeros(self.capacity, *shape, dtype=x, device=device) for shape, x in layout))
 
     def add(self, *transitions) -> None:
@@ -262,14 +207,10 @@ class ReplayBuffer:
         return Transitions(*(stored.index_select(0, rows) for stored in self.data))
 
     def state_dict(self) -> dict:
-        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones.
-
-        What else a fork keeps has to be added here and below, as tensors or plain values: a checkpoint holds no more.
-        """
-        full = self.size == self.capacity
-        state = {name: x if full else x[: self.size].clone() for name, x in self.data._asdict().items()}
+        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""
+        state = {name: x[: self.size].clone() for name, x in self.data._asdict().items()}
         newest = (self.position - 1 - torch.arange(min(self.num_envs, self.size))) % self.capacity
-        state["truncated"] = state["truncated"].index_put((newest,), ~state["terminated"][newest])
+        state["truncated"][newest] = ~state["terminated"][newest]
         return state | {"position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
@@ -279,22 +220,16 @@ class ReplayBuffer:
         self.position, self.size = state["position"], len(state["rewards"])
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on `device`, by CUDA or Linux (a container's limit aside); else all that there is."""
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be had on `device`, where CUDA or Linux tells (a container's limit aside)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
+    with suppress(OSError, TypeError):
         return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
 
 
 # The maths --------------------------------------------------------------------------------------------------
-
-
-def linear_schedule(start: float, end: float, progress: float) -> float:
-    """From start to end as `progress` goes from 0 to 1, and end from there on."""
-    return start + (end - start) * min(progress, 1.0)
 
 
 def epsilon_greedy(q_values: Tensor, epsilon: float) -> Tensor:
@@ -338,88 +273,80 @@ def q_target(rewards, terminated, discounts, next_target_q: Tensor, next_q: Tens
     return rewards + discounts * next_values * ~terminated
 
 
-METRICS = ("td_loss", "q_values")
+def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """torch.nn.utils.clip_grad_norm_, with one norm over all numbers instead of a norm of norms, which is faster."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.cat([x.flatten() for x in gradients]).norm()
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1))
 
 
-def dqn_loss(network, target, batch: Transitions, discounts: Tensor | float, args: Args) -> tuple[Tensor, Tensor]:
-    """The loss L(θ) of a minibatch, and METRICS (2,); discounts γᵐ are (B,), or one for all."""
+def dqn_gradient(network, target, batch: Transitions, discounts: Tensor | float, args: Args) -> dict[str, Tensor]:
+    """Leaves ∇L(θ), of norm --max-grad-norm at most, in the network's .grad, and returns what to log.
+
+    Discounts γᵐ are (B,), or one for all.
+    """
     with torch.no_grad():
         next_q = network.q_values(batch.next_observations) if args.double else None
         next_target_q = target.q_values(batch.next_observations)
         targets = q_target(batch.rewards, batch.terminated, discounts, next_target_q, next_q)
     q_values = network.q_values(batch.observations).gather(1, batch.actions.unsqueeze(1)).squeeze(1)
     loss = F.smooth_l1_loss(q_values, targets) if args.loss == "huber" else 0.5 * F.mse_loss(q_values, targets)
-    return loss, torch.stack([loss, q_values.mean()]).detach()
-
-
-def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam on all parameters of `module` as one vector (P,), of which they become views: a step is a few operations.
-
-    Gradients reach the vector through `gradient_vector` and the function below it alone: after `loss.backward()` the
-    optimiser's step moves nothing, and clipping the parameters' gradients clips nothing. The module has to be complete
-    and on its device before; a parameter that is replaced or moved later is trained no more, without an error.
-    """
-    parameters = list(module.parameters())
-    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    nn.utils.vector_to_parameters(vector.data, parameters)
-    return torch.optim.Adam([vector], learning_rate, fused=True)
-
-
-def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
-    """∇loss with respect to all parameters of `module`, each of which has to take part in it, as one vector (P,): its
-    mean over the processes."""
-    gradients = torch.autograd.grad(loss, list(module.parameters()))
-    return average(torch.cat([x.flatten() for x in gradients]))
-
-
-def adam_step(optimizer: torch.optim.Adam, gradient: Tensor) -> None:
-    """One step of a `vector_adam`, down this gradient (P,): the kernel of `optimizer.step()`, and its state, by hand.
-
-    The same bits, without what PyTorch does around the kernel for optimisers of many parameters. Weight decay, amsgrad
-    and hooks are left out: for them, or for another optimiser, set the vector's .grad and call `optimizer.step()`.
-    """
-    group = optimizer.param_groups[0]
-    vector, (beta1, beta2) = group["params"][0], group["betas"]
-    state = optimizer.state[vector]
-    if not state:
-        state["step"] = torch.zeros((), device=vector.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(vector.data), torch.zeros_like(vector.data)
-    steps = state["step"].add_(1)
-    torch._fused_adam_(
-        [vector.data],
-        [gradient],
-        [state["exp_avg"]],
-        [state["exp_avg_sq"]],
-        [],
-        [steps],
-        lr=group["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        eps=group["eps"],
-        weight_decay=0,
-        amsgrad=False,
-        maximize=False,
-    )
-
-
-def dqn_gradient(network, target, batch: Transitions, discounts: Tensor | float, args: Args) -> tuple[Tensor, Tensor]:
-    """∇L(θ) on a minibatch, of norm --max-grad-norm at most, and METRICS (2,)."""
-    loss, metrics = dqn_loss(network, target, batch, discounts, args)
-    gradient = gradient_vector(loss, network)
-    return gradient * (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1), metrics
-
-
-def dqn_update(network, target, optimizer, batch, discounts, args: Args, gradient_of=dqn_gradient) -> Tensor:
-    """One gradient step on a minibatch, with a `vector_adam(network)`. Returns METRICS before it."""
-    gradient, metrics = gradient_of(network, target, batch, discounts, args)
-    adam_step(optimizer, gradient)
-    return metrics
+    loss.backward()
+    clip_gradient(network.parameters(), args.max_grad_norm)
+    return {"td_loss": loss.detach(), "q_values": q_values.detach().mean()}
 
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter; buffers, such as BatchNorm's, do not follow."""
+    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter; buffers, such as BatchNorm's statistics, are copied."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+    for old, new in zip(target.buffers(), online.buffers()):
+        old.copy_(new)
+
+
+class FlatAdam(torch.optim.Adam):
+    """torch.optim.Adam on all parameters as one vector, of which they become views: the same numbers, a tenth faster.
+
+    Gradients stay ordinary tensors, which `step` gathers. What it cannot do right it refuses.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, **settings):
+        self.parameters = list(params)
+        kinds = {(p.dtype, p.device) if isinstance(p, Tensor) else None for p in self.parameters}
+        if len(kinds) > 1 or None in kinds:
+            raise TypeError("FlatAdam takes parameters of one group, type and device: take torch.optim.Adam instead")
+        vector = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
+        for p, view in zip(self.parameters, vector.data.split([p.numel() for p in self.parameters])):
+            p.data = view.view_as(p)
+        self.pointers = [p.data_ptr() for p in self.parameters]
+        super().__init__([vector], lr, fused=True, **settings)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the parameters' gradients."""
+        super().zero_grad()  # of groups that were added
+        for p in self.parameters:
+            p.grad = None
+
+    def step(self, closure: None = None) -> None:
+        """One step down the parameters' .grad."""
+        if closure or any(p.grad is None or p.data_ptr() != x for p, x in zip(self.parameters, self.pointers)):
+            raise RuntimeError("FlatAdam: a parameter has no gradient, or new memory: take torch.optim.Adam instead")
+        group, vector = self.param_groups[0], self.param_groups[0]["params"][0]
+        vector.grad = torch.cat([p.grad.detach().flatten() for p in self.parameters])
+        group["capturable"] = vector.is_cuda and torch.cuda.is_current_stream_capturing()  # in a CUDA graph
+        super().step()
+
+
+def anneal(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets the learning rate of each of its groups to `factor` times the one that it began with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """torch.compile, the backward pass in the function included; on CUDA as CUDA graphs, whose results are copied."""
+    graphs = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+    return lambda *inputs: {name: x.clone() for name, x in graphs(*inputs).items()}
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -430,356 +357,365 @@ LOG_EVERY = 1_000
 
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
-    rank, world_size, device = set_up(args)
-    spaces = check_spaces(args, (Discrete,), "For Box actions use ddpg.py, td3.py or sac.py.")
-    if args.exploration_fraction <= 0:
-        fail(f"--exploration-fraction {args.exploration_fraction} must be positive")
-    if args.exploration == "boltzmann" and min(args.exploration_start, args.exploration_end) <= 0:
-        fail("--exploration-start and --exploration-end are temperatures here and must be positive")
-    network = QNetwork(*spaces, args.hidden_sizes).to(device)
-    target = copy.deepcopy(network).requires_grad_(False)
-    optimizer = vector_adam(network, args.learning_rate)
-    gradient_of = compiled(dqn_gradient, device) if args.compile else dqn_gradient
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
-    run = Run(args, rank, {"network": network, "target": target, "optimizer": optimizer, "buffer": buffer})
-    envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
+    with Run(args) as run:
+        envs = Envs(args, args.num_envs, (Discrete,))
+        if args.learning_starts >= args.total_timesteps:
+            fail(f"--learning-starts {args.learning_starts} must be below --total-timesteps {args.total_timesteps}")
+        explore = epsilon_greedy if args.exploration == "epsilon" else boltzmann
+        lowest, highest = sorted([args.exploration_start, args.exploration_end])
+        if highest > 1 if args.exploration == "epsilon" else lowest == 0:
+            fail("--exploration-start and --exploration-end are at most 1 for epsilon, and positive for boltzmann")
+        spaces = envs.observation_space, envs.action_space
+        network = QNetwork(*spaces, args.hidden_sizes).to(run.device)
+        target = copy.deepcopy(network).requires_grad_(False).eval()
+        optimizer = FlatAdam(network.parameters(), args.learning_rate)
+        gradient_of = compiled(dqn_gradient, run.device) if args.compile else dqn_gradient
+        buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, run.device)
+        run.start(envs, network=network, target=target, optimizer=optimizer, buffer=buffer)  # all of a checkpoint
 
-    obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
-    metrics = []
-    logged_step = run.step
-    while run.step < args.total_timesteps and not run.interrupted():
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.step / args.total_timesteps)
+        obs, metrics, logged_step = envs.reset(args.seed + run.step), [], run.step
+        while run.goes_on():
+            anneal(optimizer, 1 - run.step / args.total_timesteps if args.anneal_lr else 1)
 
-        # Collect a few steps from every environment.
-        for _ in range(args.train_frequency):
-            progress = run.step / (args.exploration_fraction * args.total_timesteps)
-            exploration = linear_schedule(args.exploration_start, args.exploration_end, progress)
-            if run.step < args.learning_starts:
-                actions = torch.randint(int(spaces[1].n), (args.num_envs,), device=device)
-            else:
-                with torch.no_grad():
-                    q_values = network.q_values(torch.as_tensor(obs, dtype=network.observation_dtype, device=device))
-                explore = epsilon_greedy if args.exploration == "epsilon" else boltzmann
-                actions = explore(q_values, exploration)
-            acted_on = obs
-            obs, next_obs, rewards, terminated, truncated, infos = step_envs(envs, network.to_env(actions))
-            buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated)
-            step, run.step = run.step, run.step + args.num_envs * world_size
-            run.log_episodes(infos)
-            if step // args.target_frequency < run.step // args.target_frequency:
-                polyak_update(target, network, args.tau)
+            # Collect a few steps from every environment.
+            for _ in range(args.train_frequency):
+                progress = min(run.step / (args.exploration_fraction * args.total_timesteps), 1.0)
+                exploration = args.exploration_start + (args.exploration_end - args.exploration_start) * progress
+                if run.step < args.learning_starts:
+                    actions = torch.randint(int(envs.action_space.n), (args.num_envs,), device=run.device)
+                else:
+                    with torch.no_grad():
+                        q_values = network.q_values(torch.as_tensor(obs, device=run.device))
+                    actions = explore(q_values, exploration)
+                acted_on = obs
+                obs, next_obs, rewards, terminated, truncated = envs.step(network.to_env(actions))
+                buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated)
+                run.advance(envs)
+                if run.step % args.target_frequency < args.num_envs:  # it has just passed a multiple
+                    polyak_update(target, network, args.tau)
 
-        # Update on minibatches of everything in the buffer.
-        if run.step > args.learning_starts:
-            for _ in range(args.gradient_steps):
+            # Update on minibatches of everything in the buffer.
+            for _ in range(args.gradient_steps if run.step > args.learning_starts else 0):
                 rows = buffer.draw_rows(args.batch_size)
                 if args.n_step == 1:
                     batch, discounts = buffer.get(rows), args.gamma
                 else:
                     batch, discounts = n_step_transitions(buffer, rows, args.n_step, args.gamma)
-                metrics.append(dqn_update(network, target, optimizer, batch, discounts, args, gradient_of).clone())
+                optimizer.zero_grad()
+                metrics.append(gradient_of(network, target, batch, discounts, args))
+                optimizer.step()
 
-        # Log.
-        if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
-            losses = average(torch.stack(metrics).mean(0)).tolist() if metrics else []
-            run.log(dict(zip(METRICS, losses)), exploration=exploration, learning_rate=optimizer.param_groups[0]["lr"])
-            metrics, logged_step = [], run.step
-        if run.step - run.saved_step >= args.checkpoint_every:
-            run.checkpoint()
-
-    envs.close()
-    return run.finish(network)
+            if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
+                run.log(metrics, exploration=exploration, learning_rate=optimizer.param_groups[0]["lr"])
+                metrics, logged_step = [], run.step
+        return run.finish(network)
 
 
 # Plumbing: the same in every file ---------------------------------------------------------------------------
 
 ALGO = Path(__file__).stem
-FLATTEN = "Flatten it with gymnasium.wrappers.FlattenObservation"
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Stops with one line on stderr; exit code 2 where the request was wrong, 1 where the run went wrong."""
-    tqdm.write(f"{ALGO}.py: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
+    tqdm.write(f"{ALGO}.py: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, below a progress bar
     raise SystemExit(code)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
+    for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
+        stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--env-id", "--env_id", default=Args.env_id)
     early.add_argument("--resume")
     known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id, **RECOMMENDED.get(known.env_id, {})})
+    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
     if known.resume:
-        try:
-            saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
-            saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-            defaults = Args(**saved)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"--resume {known.resume}: not the directory of a run of {ALGO}.py ({error})")
+        defaults = Args(**load_checkpoint(known.resume)["args"])
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{__doc__.splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
+    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
     args = tyro.cli(Args, default=defaults, args=argv, description=description)
     if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
         fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
     return args
 
 
-def set_up(args: Args) -> tuple[int, int, torch.device]:
-    """Seeds, threads, device; meets the other processes under torchrun. Returns (rank, world size, device)."""
-    for name, value in asdict(args).items():
-        if type(value) is int and value < 1 and name != "seed":
-            fail(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if not 0 <= args.seed < 2**32:
-        fail(f"--seed {args.seed} must be from 0 to 2³² − 1")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
-    rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
-    torch.set_num_threads(args.torch_threads)
-    random.seed(args.seed)
-    np.random.seed(args.seed)  # neither is drawn from here: a checkpoint has PyTorch's state alone
-    torch.manual_seed(args.seed)
-    return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+def check_args(args: Args) -> None:
+    """Refuses a value outside the range that its type in Args names."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+            if not all(x is None or low <= x <= high for x in values):
+                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
 
 
-def average(x: Tensor) -> Tensor:
-    """Mean over the processes of torchrun; x itself where there is only one."""
-    if not dist.is_initialized():
-        return x
-    total = x.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
-        torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+def load_checkpoint(folder: str, **modules) -> dict:
+    """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
+    try:
+        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=True)
+        if state["algo"] != ALGO:
+            raise ValueError(f"it is {state['algo']}.py's")
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
+        fail(f"--resume {folder}: no checkpoint of this {ALGO}.py, or of an older version of it ({error!r:.200})")
+    return state
 
 
 def make_env(args: Args, **kwargs) -> gym.Env:
-    """gymnasium.make, or one line why not."""
+    """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
     try:
-        return gym.make(args.env_id, **kwargs)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
+        env = gym.make(args.env_id, **kwargs)
+    except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
+        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
+        fail(f"--env-id {args.env_id}: {error} ({hint})")
+    plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
+    return env if plain else gym.wrappers.FlattenObservation(env)
 
 
-def check_spaces(args: Args, action_spaces: tuple[type, ...], hint: str = "") -> tuple[gym.Space, gym.Space]:
-    """The environment's observation and action space; refuses what the networks cannot take."""
-    env = make_env(args)
-    env.close()
-    if args.capture_video and "rgb_array" not in env.metadata["render_modes"]:
-        fail(f"--capture-video: {args.env_id} cannot render to images")
-    observation = ("observation", env.observation_space, (Discrete, Box), FLATTEN)
-    for kind, space, allowed, way_out in (observation, ("action", env.action_space, action_spaces, hint)):
-        if not isinstance(space, allowed) or (isinstance(space, Box) and len(space.shape) != 1):
-            names = " or ".join("a one-dimensional Box" if x is Box else x.__name__ for x in allowed)
-            message = f"{args.env_id} has the {kind} space {space}; {ALGO} needs {names}. {way_out}"
-            fail(" ".join(message.split()))
-    return env.observation_space, env.action_space
+class Envs:
+    """N environments, stepped in turn; where an episode ends, the next one begins within the same step.
 
-
-def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
-    """Environments that reset within the step that ends an episode: no step is spent on a reset."""
-
-    def make(index: int) -> gym.Env:
-        if video_dir is None or index > 0:
-            return make_env(args)
-        return gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), str(video_dir))
-
-    envs = [lambda index=index: make(index) for index in range(num_envs)]
-    envs = gym.vector.SyncVectorEnv(envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
-
-
-def step_envs(envs: gym.vector.VectorEnv, actions: Tensor) -> tuple:
-    """(observation to act on, observation reached, rewards, terminated, truncated, infos).
-
-    The two observations differ where an episode ended: it reached its final one, and the next one has begun.
-    """
-    obs, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
-    reached = obs
-    if "final_obs" in infos:
-        reached = obs.copy()
-        for i in np.flatnonzero(infos["_final_obs"]):
-            reached[i] = infos["final_obs"][i]
-    if not (np.isfinite(rewards).all() and np.isfinite(reached).all()):
-        fail("the environment gave a reward or observation that is not finite; the last checkpoint stays", code=1)
-    return obs, reached, rewards, terminated, truncated, infos
-
-
-class Run:
-    """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
-
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
-    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
+    Observations are copies (N, …): float32, bytes as they are, int64 of a Discrete space.
     """
 
-    def __init__(self, args: Args, rank: int, modules: dict):
-        self.args, self.rank, self.modules, self.signals, self.stopped = args, rank, modules, [], False
-        self.step, self.saved_step, self.seconds, self.monitor_size = 0, 0, 0.0, 0
-        self.dir = Path(args.resume) if args.resume else None
+    def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
+        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
+        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
+        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
+        self.dtype = np.int64 if index else np.uint8 if image else np.float32
+        self.episodes = []  # (environment, return, length) of those that ended in the last step
+        if len(self.observation_space.shape) == 3:
+            fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
+        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
+            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
+            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
+            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+
+    def film(self, args: Args, folder: str, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
+        self.envs[0] = gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), folder, name_prefix=name)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """First observations (N, …); environment i is seeded with seed + i."""
+        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
+
+    def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
+        """(observations to act on, observations reached, rewards, terminated, truncated), each (N, …).
+
+        The two observations differ where an episode ended: it reached its final one, and the next one has begun.
+        """
+        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
+            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
+            rewards[i] = reward = float(reward)
+            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
+            if self.lengths[i] == 1000 and getattr(env, "recording", False):
+                env.stop_recording()  # its frames are kept in memory
+        finite("reward", rewards), finite("observation", reached)
+        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
+        for i, *_ in self.episodes:
+            obs = reached.copy() if obs is reached else obs
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
+        return obs, reached, rewards, terminated, truncated
+
+    def close(self) -> None:
+        """Closes them all."""
+        for env in self.envs:
+            env.close()
+
+
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
+class Run(ExitStack):
+    """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        check_args(args)
+        self.args, self.step, self.updates, self.saved_step, self.longest_episode = args, 0, 0, 0, 0
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        if kind != "cpu" and not getattr(torch, kind).is_available():
+            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
+        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.callback(torch.set_num_threads, torch.get_num_threads())
+        self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        if args.compile:
+            self.compile_backward()
+
+        def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
+            self.stopped = True
+            signal.signal(number, signal.SIG_DFL)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
+                self.callback(signal.signal, number, signal.signal(number, stop))
+        torch.set_num_threads(args.torch_threads)
+        random.seed(args.seed), np.random.seed(args.seed)  # not drawn from here: a checkpoint has PyTorch's state alone
+        torch.manual_seed(args.seed)
+
+    def compile_backward(self) -> None:
+        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
+        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+
+    def __exit__(self, kind, error, trace) -> bool:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+
+    def start(self, envs, **modules) -> None:
+        """Makes a run directory, or opens --resume's. `modules`, with state_dicts, are what a checkpoint holds."""
+        args, self.envs, self.modules, state = self.args, envs, modules, {"seconds": 0, "monitor_size": 0}
+        self.callback(envs.close)
+        self.dir = Path(args.resume) if args.resume else self.new_dir()
+        self.monitor = self.enter_context(open(self.dir / "monitor.csv", "a", buffering=1, newline=""))
+        try:
+            getattr(os, "lockf", max)(self.monitor.fileno(), getattr(os, "F_TLOCK", 0), 0)  # Windows has no such lock
+        except OSError:
+            fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
-            self.restore()
-        elif rank == 0:
-            self.dir = self.new_dir()
-        self.start_step, self.start_time = self.step, time.time() - self.seconds
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        if rank > 0:
-            torch.manual_seed(args.seed + self.step + rank)
-            return
+            state = load_checkpoint(args.resume, **modules)
+            self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
+            self.saved_step = self.step
+            torch.set_rng_state(state["rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
+        self.start_time = time.time() - state["seconds"]
+        self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
         about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
         about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        (self.dir / "args.tmp").write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(self.dir / "args.tmp", self.dir / "args.json")
+        (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+        if args.capture_video:
+            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
-        self.monitor = open(self.dir / "monitor.csv", "a", buffering=1)
-        self.monitor.truncate(self.monitor_size)  # episodes after the checkpoint will be lived through again
-        if self.monitor_size == 0:
-            header = {"t_start": self.start_time, "env_id": args.env_id}
-            self.monitor.write(f"#{json.dumps(header)}\nr,l,t\n")
+        self.callback(self.writer.close)
+        if not args.resume:
+            self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
-        self.recent_returns = deque(maxlen=100)
+        settings = {name: value == getattr(args, name) for name, value in RECOMMENDED.get(args.env_id, {}).items()}
+        texts = {yes: [f"{x}={getattr(args, x)}" for x in settings if settings[x] is yes] for yes in (True, False)}
+        print(f"recommended settings taken: {' '.join(texts[True])}; overridden: {' '.join(texts[False])}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
+        self.callback(self.bar.close)
 
     def new_dir(self) -> Path:
         """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        name = f"{self.args.env_id.replace('/', '-')}__{ALGO}__{self.args.seed}__{int(time.time())}"
-        for n in itertools.count():
-            path = Path(self.args.output_dir) / (f"{name}_{n}" if n else name)
-            try:
-                path.mkdir(parents=True)
-                return path
-            except FileExistsError:
-                pass
-            except OSError as error:
-                fail(f"--output-dir {self.args.output_dir}: {error}")
+        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
+        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+                with suppress(FileExistsError):
+                    path.mkdir()
+                    return path
+        except OSError as error:
+            fail(f"--output-dir {self.args.output_dir}: {error}")
 
-    def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM let the iteration in progress end; a second one stops at once."""
-        self.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    def interrupted(self) -> bool:
-        """Whether this process, or another one under torchrun, was asked to stop."""
-        self.stopped = average(torch.tensor(float(len(self.signals)))).item() > 0
-        return self.stopped
+    def goes_on(self) -> bool:
+        """Whether there are steps left and nobody has asked to stop; writes a checkpoint where one is due."""
+        if self.step - self.saved_step >= self.args.checkpoint_every:
+            self.checkpoint()
+        return self.step < self.args.total_timesteps and not self.stopped
 
     def checkpoint(self) -> None:
         """Writes checkpoint.pt under another name and renames it: whenever the process dies, a whole one is there."""
-        if self.rank > 0:
-            return
-        weights = [x for module in self.modules.values() if isinstance(module, nn.Module) for x in module.parameters()]
-        if not all(x.isfinite().all() for x in weights):
+        networks = [module for module in self.modules.values() if isinstance(module, nn.Module)]
+        if not all(x.isfinite().all() for network in networks for x in network.parameters()):
             fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"step": self.step, "seconds": time.time() - self.start_time}
-        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
-        state["rng"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        torch.save(state, self.dir / "checkpoint.tmp")
-        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
+        state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
+        try:
+            torch.save(state, self.dir / "checkpoint.tmp")
+            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
+            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
         self.saved_step = self.step
 
-    def restore(self) -> None:
-        """Loads checkpoint.pt into the modules, the counters and PyTorch's random state."""
-        try:
-            state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-            for name, module in self.modules.items():
-                module.load_state_dict(state[name])
-            self.step = self.saved_step = state["step"]
-            self.seconds, self.monitor_size = state["seconds"], state["monitor_size"]
-            torch.set_rng_state(state["rng"]["torch"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this run
-            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            fail(f"--resume {self.dir}: checkpoint.pt cannot be used ({reason})")
-
-    def log_episodes(self, infos: dict) -> None:
-        """Writes the episodes that ended in this step to monitor.csv and TensorBoard."""
-        if self.rank > 0 or "episode" not in infos:
-            return
-        for i in np.flatnonzero(infos["_episode"]):
-            episode_return, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
+    def advance(self, envs) -> None:
+        """Counts a step of all environments, and writes down the episodes that it ended."""
+        self.step += envs.num_envs
+        for _, episode_return, length in envs.episodes:
+            self.longest_episode = max(self.longest_episode, length)
+            self.recent_returns.append(episode_return)
             self.monitor.write(f"{episode_return:.6f},{length},{time.time() - self.start_time:.6f}\n")
             self.writer.add_scalar("charts/episodic_return", episode_return, self.step)
             self.writer.add_scalar("charts/episodic_length", length, self.step)
-            self.recent_returns.append(episode_return)
 
-    def log(self, losses: dict[str, float], **charts: float) -> None:
-        """Writes losses/* and charts/* to TensorBoard and moves the progress bar; stops where a loss is not finite."""
-        bad = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
-        if bad:
-            fail(f"{bad} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
-        if self.rank > 0:
-            return
-        charts["SPS"] = (self.step - self.start_step) / (time.time() - self.start_time - self.seconds)
+    def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
+        """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
+        names = dict.fromkeys(itertools.chain(*metrics))
+        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
+        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
+        charts["SPS"] = self.step / (time.time() - self.start_time)
         for group, values in (("losses", losses), ("charts", charts)):
             for name, value in values.items():
                 self.writer.add_scalar(f"{group}/{name}", value, self.step)
-        if self.recent_returns:
-            self.bar.set_postfix({"return": f"{np.mean(self.recent_returns):.1f}"}, refresh=False)
+        self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
         self.bar.update(self.step - self.bar.n)
 
     def finish(self, policy: nn.Module) -> dict:
         """Last checkpoint; then, unless the run was interrupted, policy.pt2, the evaluation and the last two lines."""
         self.checkpoint()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if self.rank > 0:
-            return {}
         self.bar.close()
-        self.monitor.close()
         if self.stopped:
             print(f"stopped at step {self.step}; to go on: --resume {self.dir}", file=sys.stderr)
             raise SystemExit(130)
-        export_policy(policy, self.dir / "policy.pt2")
-        returns = evaluate(policy, self.args)
+        export_policy(policy, self.envs, self.dir / "policy.pt2")
+        limit = self.envs.time_limit or 10 * self.longest_episode or 1000
+        if self.envs.time_limit is None:
+            print(f"{self.args.env_id} has no time limit: evaluation cuts episodes after {limit} steps")
+        returns = evaluate(policy, self.args, type(self.envs), max_episode_steps=limit)
         self.writer.add_scalar("eval/episodic_return", returns.mean(), self.step)
-        self.writer.close()
         print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-        print(f"run directory: {self.dir}")
+        print(f"run directory: {self.dir}", flush=True)
         return {"run_dir": self.dir, "returns": returns}
 
 
 @torch.no_grad()
-def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
-    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment.
-
-    A policy with a memory would have to carry it on here, and in export_policy; one with dropout or BatchNorm, to be
-    switched to eval() in both.
-    """
-    envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 1_000_000)
-    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    device = next(policy.parameters()).device
-    while running.any():
-        actions = policy(torch.as_tensor(obs, dtype=policy.observation_dtype, device=device))
-        obs, _, rewards, terminated, truncated, _ = step_envs(envs, actions)
-        returns += rewards * running
-        running &= ~(terminated | truncated)
+def evaluate(policy: nn.Module, args: Args, envs_class: type = Envs, **kwargs) -> np.ndarray:
+    """Returns (eval_episodes,) of the deterministic policy; episode i is reset with seed + 1 000 000 + i."""
+    envs, training = envs_class(args, min(args.num_envs, args.eval_episodes), **kwargs), policy.training
+    returns, device = np.full(args.eval_episodes, np.nan), next(policy.parameters()).device
+    policy.eval()
+    for first in range(0, args.eval_episodes, envs.num_envs):
+        obs, playing = envs.reset(args.seed + 1_000_000 + first), returns[first : first + envs.num_envs]
+        while np.isnan(playing).any():
+            obs, *_ = envs.step(policy(torch.as_tensor(obs, device=device)))
+            for i, episode_return, _ in envs.episodes:
+                if i < len(playing) and np.isnan(playing[i]):
+                    playing[i] = episode_return
     envs.close()
+    policy.train(training)
     return returns
 
 
-def export_policy(policy: nn.Module, path: Path) -> None:
-    """Saves `policy.forward` for the CPU: `torch.export.load(path).module()(obs)`, any batch size.
-
-    The module's other weights, critics for instance, go into the file as well.
-    """
-    policy = copy.deepcopy(policy).cpu()
-    example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
-    program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
+def export_policy(policy: nn.Module, envs, path: Path) -> None:
+    """Saves `policy.forward` (and all its weights): `torch.export.load(path).module()(obs)`, any batch size."""
+    example = torch.as_tensor(np.stack([envs.observation_space.sample()] * 2).astype(envs.dtype))
+    policy, shapes = copy.deepcopy(policy).cpu().eval(), ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=shapes), path)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """DQN from pixels, on Atari (Mnih et al. 2015), by default Double DQN (van Hasselt et al. 2016, arXiv 1509.06461).
 
-The algorithm is that of dqn.py,
+The algorithm is that of dqn.py, with a convolutional network:
 
     y_t  = r_t + γ r_{t+1} + … + γᵐ⁻¹ r_{t+m−1} + γᵐ Q_θ⁻(s_{t+m}, a*)      no last term if s_{t+m} is terminal
     a*   = argmax_a Q_θ(s_{t+m}, a)                          Double DQN; plain DQN lets Q_θ⁻ choose as well
     L(θ) = E[ℓ(Q_θ(s_t, a_t) − y_t)]                         ℓ: Huber with threshold 1, or half the square
 
-with a convolutional network. Details that matter, and why:
 - The replay buffer holds every image once, and builds the observations of 4 images when they are drawn: a million
   transitions take 7.1 GB instead of 56.
-- ale_py's own C++ environments: a step is 4 frames, the last two of them maximised (sprites flicker), grey, 84 × 84;
-  an observation is the newest 4 of such images. A step is an agent's step: 1 M steps are 4 M frames.
+- A step is 4 frames, the last two of them maximised (sprites flicker), grey, 84 × 84: 1 M steps are 4 M frames.
 - Two protocols. `machado` (Machado et al. 2018, arXiv 1709.06009): the emulator repeats the last action with
   probability 0.25, and a lost life is no termination. `nature` (Mnih et al. 2015): no such repetition, up to 30 frames
   without action at the start, and a lost life is a termination for learning, though the game goes on; FIRE is pressed
@@ -21,38 +19,40 @@ with a convolutional network. Details that matter, and why:
 - ε falls from 1 to 0.01 over the first tenth of the run; one gradient step for every 4 steps, after 80k random ones:
   that is the default 2 after a step of 8 environments; with another number of them `--gradient-steps` is to be changed.
 
-Against Stable-Baselines3: the same update as DQN with CnnPolicy and `--no-double` (parameters agree to 1e-4,
+Against Stable-Baselines3 (SB3): the same update as DQN with CnnPolicy and `--no-double` (parameters agree to 1e-4,
 tests/test_dqn_atari.py).
 
     python algos/dqn_atari.py --buffer-size 400_000          # ALE/Pong-v5
     python algos/dqn_atari.py --env-id ALE/Breakout-v5 --protocol nature --n-step 3
     python algos/dqn_atari.py --env-id My/Pixels-v0          # any environment with stacks of uint8 images (C, H, W)
-    torchrun --nproc-per-node 2 algos/dqn_atari.py           # data parallel: each process has its own environments and
-                                                             # buffer (after --resume all begin with rank 0's buffer)
 """
 
 import argparse
 import copy
+import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import deque, namedtuple
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
 import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from gymnasium.spaces import Box, Discrete
 from gymnasium.utils.save_video import capped_cubic_video_schedule, save_video
@@ -61,96 +61,140 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+Count = Annotated[int, (1, math.inf, "at least 1")]
+Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
+Fraction = Annotated[float, (0, 1, "from 0 to 1")]
+Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
+
 
 @dataclass
 class Args:
     # run
-    seed: int = 1
-    """seed of everything random; same seed, same machine and thread count: same bits on CPU"""
-    total_timesteps: int = 10_000_000
-    """environment steps of 4 frames, over all environments and processes"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks and the replay buffer live; auto takes CUDA when there is one"""
-    torch_threads: int = 2
-    """CPU threads for PyTorch; on the CPU as many as there are cores is fastest"""
-    compile: bool = False
-    """compile the gradient with torch.compile (CUDA graphs on a GPU)"""
-    output_dir: str = "runs"
-    """folder that run directories are made in"""
-    resume: str | None = None
-    """run directory to go on in, with its own arguments; only --total-timesteps may be changed, schedules go by it"""
-    checkpoint_every: int = 1_000_000
-    """environment steps between checkpoints, which hold the replay buffer too"""
-    eval_episodes: int = 10
-    """games of the final evaluation, with the deterministic policy"""
-    capture_video: bool = False
-    """film games 0, 1, 8, 27, 64 … of the first environment, as the agent sees them, in the run directory's videos/"""
+    seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
+    total_timesteps: Count = 10_000_000  # environment steps of 4 frames, over all environments
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where networks and replay buffer live; auto prefers CUDA
+    torch_threads: Count = 2  # CPU threads for PyTorch; on the CPU as many as there are cores is fastest
+    compile: bool = False  # compile loss and gradient with torch.compile (CUDA graphs on a GPU)
+    output_dir: str = "runs"  # folder that run directories are made in
+    resume: str | None = None  # run directory to go on in, with its own flags; --total-timesteps alone may be changed
+    checkpoint_every: Count = 1_000_000  # environment steps between checkpoints, which hold the replay buffer too
+    eval_episodes: Count = 10  # games of the final evaluation, with the deterministic policy
+    capture_video: bool = False  # film games 0, 1, 8, 27, 64 … of the first environment, as the agent sees them
 
     # environment
-    env_id: str = "ALE/Pong-v5"
-    """gymnasium environment: one of ale_py's, or another whose observations are uint8 images (C, H, W)"""
-    num_envs: int = 8
-    """parallel environments N (per process)"""
-    protocol: Literal["machado", "nature"] = "machado"
-    """machado: sticky actions, lives do not count; nature: random starts, for learning a lost life is a termination"""
-    full_action_space: bool = False
-    """all 18 actions of the console, as Machado et al., instead of those that do something in the game"""
-    clip_rewards: bool = True
-    """learn from the rewards' signs"""
+    env_id: str = "ALE/Pong-v5"  # one of ale_py's environments, or another that observes uint8 images (C, H, W)
+    num_envs: Count = 8  # parallel environments N
+    protocol: Literal["machado", "nature"] = "machado"  # sticky actions; or random starts, a lost life as a termination
+    full_action_space: bool = False  # all 18 actions of the console, as Machado et al., not only the game's own
+    clip_rewards: bool = True  # learn from the rewards' signs
 
     # algorithm
-    buffer_size: int = 1_000_000
-    """images that the replay buffer holds (per process): a few more than transitions, 7 KB each; --resume needs twice
-    the memory for a moment"""
-    learning_starts: int = 80_000
-    """environment steps with random actions before the first update"""
-    batch_size: int = 32
-    """transitions per gradient step (per process)"""
-    train_frequency: int = 1
-    """steps of every environment between updates"""
-    gradient_steps: int = 2
-    """gradient steps per update, whatever the number of environments"""
-    learning_rate: float = 1e-4
-    """Adam's step size"""
-    anneal_lr: bool = False
-    """lower the learning rate linearly to 0"""
-    gamma: float = 0.99
-    """discount γ"""
-    n_step: int = 1
-    """rewards n that a target sums before it bootstraps"""
-    double: bool = True
-    """let the network that is trained choose the target's action (Double DQN)"""
-    loss: Literal["huber", "squared"] = "huber"
-    """loss ℓ of a temporal difference"""
-    max_grad_norm: float = 10.0
-    """bound on the gradient's global norm"""
-    target_frequency: int = 1_000
-    """environment steps between updates of the target network, which come after a step of all environments"""
-    tau: float = 1.0
-    """share of the trained network in an update of the target network; 1 copies it"""
-    exploration_start: float = 1.0
-    """ε at the start"""
-    exploration_end: float = 0.01
-    """ε once --exploration-fraction of the run has passed"""
-    exploration_fraction: float = 0.1
-    """part of --total-timesteps over which it falls, linearly"""
+    buffer_size: Count = 1_000_000  # images of 7 KB in the replay buffer: a few more than transitions
+    learning_starts: Count = 80_000  # environment steps with random actions before the first update
+    batch_size: Count = 32  # transitions per gradient step
+    train_frequency: Count = 1  # steps of every environment between updates
+    gradient_steps: Count = 2  # gradient steps per update, whatever the number of environments
+    learning_rate: Positive = 1e-4  # Adam's step size
+    anneal_lr: bool = False  # lower the learning rate linearly to 0 at --total-timesteps
+    gamma: Fraction = 0.99  # discount γ
+    n_step: Count = 1  # rewards n that a target sums before it bootstraps
+    double: bool = True  # let the network that is trained choose the target's action (Double DQN)
+    loss: Literal["huber", "squared"] = "huber"  # loss ℓ of a temporal difference
+    max_grad_norm: Positive = 10.0  # bound on the gradient's global norm
+    target_frequency: Count = 1_000  # environment steps between updates of the target network, after a step of all
+    tau: Fraction = 1.0  # share of the trained network in an update of the target network; 1 copies it
+    exploration_start: Fraction = 1.0  # ε at the start
+    exploration_end: Fraction = 0.01  # ε once --exploration-fraction of the run has passed
+    exploration_fraction: Positive = 0.1  # part of --total-timesteps over which it falls, linearly
 
 
+# By environment id: `--env-id` alone takes them, an explicit flag wins.
 RECOMMENDED = {"ALE/Pong-v5": dict(total_timesteps=3_000_000)}
-"""Settings by environment id: `--env-id` alone takes them, an explicit flag wins."""
 
 
-# Network ----------------------------------------------------------------------------------------------------
+# Environments and network -----------------------------------------------------------------------------------
+
+
+class PixelEnvs:
+    """N environments with images, under --protocol; where a game ends, the next one begins within the same step.
+
+    Observations are stacks (N, C, H, W) of bytes, the newest image last; rewards are the game's own, and returns its
+    scores. Under nature's protocol a lost life counts as terminated, but the game goes on: `ended` (N,) tells its end.
+    """
+
+    def __init__(self, args: Args, num_envs: int, max_episode_steps: int | None = None):
+        gym.register_envs(ale_py)
+        self.num_envs, self.dtype, self.nature = num_envs, np.uint8, args.protocol == "nature"
+        self.episodes, self.ended = [], np.zeros(num_envs, bool)  # episodes: as in Envs
+        options = dict(repeat_action_probability=0.0, noop_max=30, use_fire_reset=True)
+        options = options if self.nature else dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False)
+        options |= dict(reward_clipping=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        if args.env_id.startswith("ALE/"):  # ale_py's own, stepped in C++ threads
+            self.time_limit = max_episode_steps or 27_000  # 108 000 frames
+            options |= dict(full_action_space=args.full_action_space, max_num_frames_per_episode=4 * self.time_limit)
+            try:
+                self.envs = gym.make_vec(args.env_id, num_envs, **options)
+            except (gym.error.Error, AssertionError) as error:
+                fail(f"--env-id {args.env_id}: {error}")
+        else:
+            makers = [lambda: make_env(args, max_episode_steps=max_episode_steps)] * num_envs
+            self.envs = gym.vector.SyncVectorEnv(makers, autoreset_mode=options["autoreset_mode"])
+            self.time_limit = self.envs.envs[0].spec.max_episode_steps
+        self.observation_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
+        space, self.folder, self.frames, self.filmed = self.observation_space, None, [], 0
+        if space.dtype != np.uint8 or len(space.shape or ()) != 3 or min(space.shape[1:]) < 36:
+            fail(
+                f"{args.env_id} has the observation space {space}; {ALGO}.py needs uint8 images (C, H, W) of at least"
+                " 36 × 36. Atari's games are called ALE/Breakout-v5 and so on; for vectors use ppo.py or dqn.py"
+            )
+        if not isinstance(self.action_space, Discrete):
+            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs Discrete")
+
+    def film(self, args: Args, folder: str, name: str) -> None:
+        """Films games 0, 1, 8, 27, 64 … of the first environment, as the agent sees them."""
+        self.folder, self.name = folder, name
+
+    def reset(self, seed: int) -> np.ndarray:
+        """First observations (N, C, H, W); environment i is seeded with seed + i."""
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        obs, infos = self.envs.reset(seed=seed)
+        self.lives = infos.get("lives", np.zeros(self.num_envs))
+        return obs
+
+    def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
+        """(observations to act on, observations reached, rewards, terminated, truncated), each (N, …).
+
+        The two observations differ where a game ended: it reached its final one, and the next one has begun.
+        """
+        obs, rewards, terminated, truncated, infos = self.envs.step(actions.numpy(force=True))
+        self.ended, self.returns, self.lengths = terminated | truncated, self.returns + rewards, self.lengths + 1
+        self.episodes = [(i, float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(self.ended)]
+        reached = obs.copy() if self.episodes else obs
+        for i, *_ in self.episodes:
+            reached[i], self.returns[i], self.lengths[i] = infos["final_obs"][i], 0, 0
+        lives, self.lives = self.lives, infos.get("lives", self.lives)
+        if self.nature:
+            terminated = terminated | (self.lives < lives)
+        if self.folder and capped_cubic_video_schedule(self.filmed):
+            image = reached[0, -1].copy()
+            self.frames.append(np.broadcast_to(image[..., None], (*image.shape, 3)))
+            if self.ended[0]:
+                save_video(self.frames, self.folder, name_prefix=self.name, fps=15, episode_index=self.filmed)
+        if self.ended[0]:
+            self.frames, self.filmed = [], self.filmed + 1
+        return obs, reached, finite("reward", np.asarray(rewards, np.float32)), terminated, truncated
+
+    def close(self) -> None:
+        """Closes them all."""
+        self.envs.close()
 
 
 class PixelQNetwork(nn.Module):
     """Q(s, ·) of images, for every action (Mnih et al. 2015, "Model architecture"; PyTorch's own initialisation).
 
-    Observations are images (…, C, H, W) uint8; actions indices from 0. `forward` is the greedy policy, from
+    Observations are images (B, C, H, W) of bytes; actions indices from 0. `forward` is the greedy policy, from
     observations to what the environment takes.
     """
-
-    observation_dtype = torch.uint8
 
     def __init__(self, observation_space: Box, action_space: Discrete):
         super().__init__()
@@ -167,7 +211,7 @@ class PixelQNetwork(nn.Module):
         return self.network(obs.to(torch.float32, memory_format=torch.channels_last).div_(255))
 
     def to_env(self, actions: Tensor) -> Tensor:
-        """Indices moved to the space's start."""
+        """What the environment takes: indices moved to the space's start."""
         return actions + int(self.action_space.start)
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -177,20 +221,9 @@ class PixelQNetwork(nn.Module):
 
 # Replay -----------------------------------------------------------------------------------------------------
 
-
-class Transitions(NamedTuple):
-    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to.
-
-    A one-step target needs `terminated` alone. An n-step target must not go on past `truncated` either, nor past the
-    newest rows of a buffer: n_step_transitions of dqn.py.
-    """
-
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    next_observations: Tensor
-    terminated: Tensor
-    truncated: Tensor
+# Steps of an environment, first dimension B; each next observation is the one that its step truly led to. A one-step
+# target needs `terminated` alone; one of several steps must not go on past `truncated` either (see dqn.py).
+Transitions = namedtuple("Transitions", "observations actions rewards next_observations terminated truncated")
 
 
 class FrameBuffer:
@@ -204,13 +237,11 @@ class FrameBuffer:
     def __init__(self, capacity: int, num_envs: int, observation_space: Box, device: torch.device):
         self.stack, *size = observation_space.shape
         self.length = capacity // num_envs
-        needed = num_envs * self.length * (int(np.prod(size)) + 9)
+        needed = num_envs * self.length * (math.prod(size) + 9)
         if self.length <= self.stack + 1:
             fail(f"--buffer-size {capacity} must be at least {self.stack + 2} images for each of the {num_envs} envs")
         if needed > (free := free_memory(device)):
-            fail(
-                f"--buffer-size {capacity} needs {needed:,} bytes, and {device} has {free:,} free: choose a smaller one"
-            )
+            fail(f"--buffer-size {capacity} needs {needed:,} bytes, {device} has {free:,} free: choose a smaller one")
         rows = num_envs * self.length
         self.images = torch.zeros(rows, *size, dtype=torch.uint8, device=device)
         self.actions = torch.zeros(rows, dtype=torch.int16, device=device)
@@ -239,10 +270,9 @@ class FrameBuffer:
         for k in range(self.stack):
             self.push(envs[self.begins], obs[self.begins, k])
         rows = self.rows(self.newest, envs)
-        for stored, new in zip(
-            (self.actions, self.rewards, self.terminated, self.truncated), (actions, rewards, terminated, truncated)
-        ):
-            stored[rows] = torch.as_tensor(new, device=stored.device).to(stored.dtype)
+        outcome = dict(actions=actions, rewards=rewards, terminated=terminated, truncated=truncated)
+        for name, new in outcome.items():
+            getattr(self, name)[rows] = torch.as_tensor(new, device=self.images.device).to(getattr(self, name).dtype)
         self.push(envs, next_obs[:, -1])
         self.usable[rows] = True
         self.begins = torch.as_tensor(ended)
@@ -278,24 +308,17 @@ class FrameBuffer:
         length = counts.sum(1)
         last = window.gather(1, length.unsqueeze(1) - 1).squeeze(1)
         rewards = (self.rewards[window] * counts * gamma**steps).sum(1)
-        transitions = Transitions(
-            self.observations(rows),
-            self.actions[rows].long(),
-            rewards,
-            self.observations(self.after(last, 1)),
-            self.terminated[last],
-            self.truncated[last],
-        )
-        return transitions, gamma**length
+        next_observations, ends = self.observations(self.after(last, 1)), (self.terminated[last], self.truncated[last])
+        actions = self.actions[rows].long()
+        return Transitions(self.observations(rows), actions, rewards, next_observations, *ends), gamma**length
 
     def state_dict(self) -> dict:
         """The rows that have been filled (N, …), and where the next ones go."""
         filled, envs = min(int(self.newest.max()) + 1, self.length), len(self.newest)
         names = ("images", "actions", "rewards", "terminated", "truncated", "usable")
         tensors = {name: getattr(self, name).unflatten(0, (envs, self.length))[:, :filled] for name in names}
-        return {name: x if filled == self.length else x.clone() for name, x in tensors.items()} | {
-            "newest": self.newest
-        }
+        state = {name: x if filled == self.length else x.clone() for name, x in tensors.items()}
+        return state | {"newest": self.newest}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes over what `state_dict` gave; every environment then begins an episode."""
@@ -306,22 +329,16 @@ class FrameBuffer:
         self.begins[:] = True
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on `device`, by CUDA or Linux (a container's limit aside); else all that there is."""
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be had on `device`, where CUDA or Linux tells (a container's limit aside)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
+    with suppress(OSError, TypeError):
         return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
 
 
 # The maths --------------------------------------------------------------------------------------------------
-
-
-def linear_schedule(start: float, end: float, progress: float) -> float:
-    """From start to end as `progress` goes from 0 to 1, and end from there on."""
-    return start + (end - start) * min(progress, 1.0)
 
 
 def epsilon_greedy(q_values: Tensor, epsilon: float) -> Tensor:
@@ -342,88 +359,47 @@ def q_target(rewards, terminated, discounts, next_target_q: Tensor, next_q: Tens
     return rewards + discounts * next_values * ~terminated
 
 
-METRICS = ("td_loss", "q_values")
+def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """torch.nn.utils.clip_grad_norm_, with one norm over all numbers instead of a norm of norms, which is faster."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.cat([x.flatten() for x in gradients]).norm()
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1))
 
 
-def dqn_loss(network, target, batch: Transitions, discounts: Tensor | float, args: Args) -> tuple[Tensor, Tensor]:
-    """The loss L(θ) of a minibatch, and METRICS (2,); discounts γᵐ are (B,), or one for all."""
+def dqn_gradient(network, target, batch: Transitions, discounts: Tensor | float, args: Args) -> dict[str, Tensor]:
+    """Leaves ∇L(θ), of norm --max-grad-norm at most, in the network's .grad, and returns what to log.
+
+    Discounts γᵐ are (B,), or one for all.
+    """
     with torch.no_grad():
         next_q = network.q_values(batch.next_observations) if args.double else None
         next_target_q = target.q_values(batch.next_observations)
         targets = q_target(batch.rewards, batch.terminated, discounts, next_target_q, next_q)
     q_values = network.q_values(batch.observations).gather(1, batch.actions.unsqueeze(1)).squeeze(1)
     loss = F.smooth_l1_loss(q_values, targets) if args.loss == "huber" else 0.5 * F.mse_loss(q_values, targets)
-    return loss, torch.stack([loss, q_values.mean()]).detach()
-
-
-def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam on all parameters of `module` as one vector (P,), of which they become views: a step is a few operations.
-
-    Gradients reach the vector through `gradient_vector` and the function below it alone: after `loss.backward()` the
-    optimiser's step moves nothing, and clipping the parameters' gradients clips nothing. The module has to be complete
-    and on its device before; a parameter that is replaced or moved later is trained no more, without an error.
-    """
-    parameters = list(module.parameters())
-    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    nn.utils.vector_to_parameters(vector.data, parameters)
-    return torch.optim.Adam([vector], learning_rate, fused=True)
-
-
-def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
-    """∇loss with respect to all parameters of `module`, each of which has to take part in it, as one vector (P,): its
-    mean over the processes."""
-    gradients = torch.autograd.grad(loss, list(module.parameters()))
-    return average(torch.cat([x.flatten() for x in gradients]))
-
-
-def adam_step(optimizer: torch.optim.Adam, gradient: Tensor) -> None:
-    """One step of a `vector_adam`, down this gradient (P,): the kernel of `optimizer.step()`, and its state, by hand.
-
-    The same bits, without what PyTorch does around the kernel for optimisers of many parameters. Weight decay, amsgrad
-    and hooks are left out: for them, or for another optimiser, set the vector's .grad and call `optimizer.step()`.
-    """
-    group = optimizer.param_groups[0]
-    vector, (beta1, beta2) = group["params"][0], group["betas"]
-    state = optimizer.state[vector]
-    if not state:
-        state["step"] = torch.zeros((), device=vector.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(vector.data), torch.zeros_like(vector.data)
-    steps = state["step"].add_(1)
-    torch._fused_adam_(
-        [vector.data],
-        [gradient],
-        [state["exp_avg"]],
-        [state["exp_avg_sq"]],
-        [],
-        [steps],
-        lr=group["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        eps=group["eps"],
-        weight_decay=0,
-        amsgrad=False,
-        maximize=False,
-    )
-
-
-def dqn_gradient(network, target, batch: Transitions, discounts: Tensor | float, args: Args) -> tuple[Tensor, Tensor]:
-    """∇L(θ) on a minibatch, of norm --max-grad-norm at most, and METRICS (2,)."""
-    loss, metrics = dqn_loss(network, target, batch, discounts, args)
-    gradient = gradient_vector(loss, network)
-    return gradient * (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1), metrics
-
-
-def dqn_update(network, target, optimizer, batch, discounts, args: Args, gradient_of=dqn_gradient) -> Tensor:
-    """One gradient step on a minibatch, with a `vector_adam(network)`. Returns METRICS before it."""
-    gradient, metrics = gradient_of(network, target, batch, discounts, args)
-    adam_step(optimizer, gradient)
-    return metrics
+    loss.backward()
+    clip_gradient(network.parameters(), args.max_grad_norm)
+    return {"td_loss": loss.detach(), "q_values": q_values.detach().mean()}
 
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter; buffers, such as BatchNorm's, do not follow."""
+    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter; buffers, such as BatchNorm's statistics, are copied."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+    for old, new in zip(target.buffers(), online.buffers()):
+        old.copy_(new)
+
+
+def anneal(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets the learning rate of each of its groups to `factor` times the one that it began with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """torch.compile, the backward pass in the function included; on CUDA as CUDA graphs, whose results are copied."""
+    graphs = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+    return lambda *inputs: {name: x.clone() for name, x in graphs(*inputs).items()}
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -434,68 +410,50 @@ LOG_EVERY = 1_000
 
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
-    rank, world_size, device = set_up(args)
-    if args.exploration_fraction <= 0:
-        fail(f"--exploration-fraction {args.exploration_fraction} must be positive")
-    spaces = check_pixel_spaces(args)
-    network = PixelQNetwork(*spaces).to(device)
-    target = copy.deepcopy(network).requires_grad_(False)
-    optimizer = vector_adam(network, args.learning_rate)
-    gradient_of = compiled(dqn_gradient, device) if args.compile else dqn_gradient
-    buffer = FrameBuffer(args.buffer_size, args.num_envs, spaces[0], device)
-    run = Run(args, rank, {"network": network, "target": target, "optimizer": optimizer, "buffer": buffer})
-    envs = make_pixel_envs(args, args.num_envs)
-    videos = f"videos_from_step_{run.step}" if args.resume else "videos"
-    film = Film(run.dir / videos if args.capture_video and rank == 0 else None)
+    with Run(args) as run:
+        envs = PixelEnvs(args, args.num_envs)
+        if args.learning_starts >= args.total_timesteps:
+            fail(f"--learning-starts {args.learning_starts} must be below --total-timesteps {args.total_timesteps}")
+        network = PixelQNetwork(envs.observation_space, envs.action_space).to(run.device)
+        target = copy.deepcopy(network).requires_grad_(False).eval()
+        optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
+        gradient_of = compiled(dqn_gradient, run.device) if args.compile else dqn_gradient
+        buffer = FrameBuffer(args.buffer_size, args.num_envs, envs.observation_space, run.device)
+        run.start(envs, network=network, target=target, optimizer=optimizer, buffer=buffer)  # all of a checkpoint
 
-    obs, infos = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
-    lives = infos.get("lives", np.zeros(args.num_envs))
-    metrics = []
-    logged_step = run.step
-    while run.step < args.total_timesteps and not run.interrupted():
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - run.step / args.total_timesteps)
+        obs, metrics, logged_step = envs.reset(args.seed + run.step), [], run.step
+        while run.goes_on():
+            anneal(optimizer, 1 - run.step / args.total_timesteps if args.anneal_lr else 1)
 
-        # Collect a few steps from every environment.
-        for _ in range(args.train_frequency):
-            progress = run.step / (args.exploration_fraction * args.total_timesteps)
-            exploration = linear_schedule(args.exploration_start, args.exploration_end, progress)
-            if run.step < args.learning_starts:
-                actions = torch.randint(int(spaces[1].n), (args.num_envs,), device=device)
-            else:
-                with torch.no_grad():
-                    actions = epsilon_greedy(network.q_values(to_device(obs, device)), exploration)
-            acted_on = obs
-            film.add(obs)
-            obs, next_obs, rewards, terminated, truncated, infos = step_pixel_envs(envs, network.to_env(actions))
-            ended = terminated | truncated
-            film.cut(ended)
-            if args.protocol == "nature":
-                lives, before = infos.get("lives", lives), lives
-                terminated = terminated | (lives < before)
-            rewards = np.sign(rewards) if args.clip_rewards else rewards
-            buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated, ended)
-            step, run.step = run.step, run.step + args.num_envs * world_size
-            run.log_episodes(infos)
-            if step // args.target_frequency < run.step // args.target_frequency:
-                polyak_update(target, network, args.tau)
+            # Collect a few steps from every environment.
+            for _ in range(args.train_frequency):
+                progress = min(run.step / (args.exploration_fraction * args.total_timesteps), 1.0)
+                exploration = args.exploration_start + (args.exploration_end - args.exploration_start) * progress
+                if run.step < args.learning_starts:
+                    actions = torch.randint(int(envs.action_space.n), (args.num_envs,), device=run.device)
+                else:
+                    with torch.no_grad():
+                        q_values = network.q_values(torch.as_tensor(obs, device=run.device))
+                    actions = epsilon_greedy(q_values, exploration)
+                acted_on = obs
+                obs, next_obs, rewards, terminated, truncated = envs.step(network.to_env(actions))
+                rewards = np.sign(rewards) if args.clip_rewards else rewards
+                buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated, envs.ended)
+                run.advance(envs)
+                if run.step % args.target_frequency < args.num_envs:  # it has just passed a multiple
+                    polyak_update(target, network, args.tau)
 
-        # Update on minibatches of everything in the buffer.
-        if run.step > args.learning_starts:
-            for _ in range(args.gradient_steps):
+            # Update on minibatches of everything in the buffer.
+            for _ in range(args.gradient_steps if run.step > args.learning_starts else 0):
                 batch, discounts = buffer.get(buffer.draw_rows(args.batch_size), args.n_step, args.gamma)
-                metrics.append(dqn_update(network, target, optimizer, batch, discounts, args, gradient_of).clone())
+                optimizer.zero_grad()
+                metrics.append(gradient_of(network, target, batch, discounts, args))
+                optimizer.step()
 
-        # Log.
-        if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
-            losses = average(torch.stack(metrics).mean(0)).tolist() if metrics else []
-            run.log(dict(zip(METRICS, losses)), exploration=exploration, learning_rate=optimizer.param_groups[0]["lr"])
-            metrics, logged_step = [], run.step
-        if run.step - run.saved_step >= args.checkpoint_every:
-            run.checkpoint()
-
-    envs.close()
-    return run.finish(network)
+            if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
+                run.log(metrics, exploration=exploration, learning_rate=optimizer.param_groups[0]["lr"])
+                metrics, logged_step = [], run.step
+        return run.finish(network)
 
 
 # Plumbing: the same in every file ---------------------------------------------------------------------------
@@ -505,309 +463,304 @@ ALGO = Path(__file__).stem
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Stops with one line on stderr; exit code 2 where the request was wrong, 1 where the run went wrong."""
-    tqdm.write(f"{ALGO}.py: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
+    tqdm.write(f"{ALGO}.py: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, below a progress bar
     raise SystemExit(code)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
+    for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
+        stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--env-id", "--env_id", default=Args.env_id)
     early.add_argument("--resume")
     known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id, **RECOMMENDED.get(known.env_id, {})})
+    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
     if known.resume:
-        try:
-            saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
-            saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-            defaults = Args(**saved)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"--resume {known.resume}: not the directory of a run of {ALGO}.py ({error})")
+        defaults = Args(**load_checkpoint(known.resume)["args"])
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{__doc__.splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
+    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
     args = tyro.cli(Args, default=defaults, args=argv, description=description)
     if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
         fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
     return args
 
 
-def set_up(args: Args) -> tuple[int, int, torch.device]:
-    """Seeds, threads, device; meets the other processes under torchrun. Returns (rank, world size, device)."""
-    for name, value in asdict(args).items():
-        if type(value) is int and value < 1 and name != "seed":
-            fail(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if not 0 <= args.seed < 2**32:
-        fail(f"--seed {args.seed} must be from 0 to 2³² − 1")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
-    rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
-    torch.set_num_threads(args.torch_threads)
-    random.seed(args.seed)
-    np.random.seed(args.seed)  # neither is drawn from here: a checkpoint has PyTorch's state alone
-    torch.manual_seed(args.seed)
-    return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+def check_args(args: Args) -> None:
+    """Refuses a value outside the range that its type in Args names."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+            if not all(x is None or low <= x <= high for x in values):
+                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
 
 
-def average(x: Tensor) -> Tensor:
-    """Mean over the processes of torchrun; x itself where there is only one."""
-    if not dist.is_initialized():
-        return x
-    total = x.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
-        torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
-
-
-def to_device(x: np.ndarray, device: torch.device) -> Tensor:
-    """An array's copy on the device; on its way to CUDA from pinned memory, without waiting."""
-    x = torch.from_numpy(np.array(x))
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def make_pixel_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
-    """Environments of the protocol that reset within the step that ends an episode; rewards are the game's own.
-
-    ale_py steps its environments in C++ threads; other environments with images are stepped one after another.
-    """
-    gym.register_envs(ale_py)
-    options = dict(autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    nature = args.protocol == "nature"
+def load_checkpoint(folder: str, **modules) -> dict:
+    """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
     try:
-        if args.env_id.startswith("ALE/"):
-            options |= dict(repeat_action_probability=0.0 if nature else 0.25, noop_max=30 if nature else 0)
-            options |= dict(use_fire_reset=nature, reward_clipping=False, full_action_space=args.full_action_space)
-            envs = gym.make_vec(args.env_id, num_envs, **options)
-        else:
-            envs = gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", vector_kwargs=options)
-    except (gym.error.Error, ImportError, AssertionError) as error:
-        fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
+        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=True)
+        if state["algo"] != ALGO:
+            raise ValueError(f"it is {state['algo']}.py's")
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
+        fail(f"--resume {folder}: no checkpoint of this {ALGO}.py, or of an older version of it ({error!r:.200})")
+    return state
 
 
-def check_pixel_spaces(args: Args) -> tuple[Box, Discrete]:
-    """One environment's observation and action space; refuses what the network cannot take."""
-    envs = make_pixel_envs(args, 1)
-    envs.close()
-    images, actions = envs.single_observation_space, envs.single_action_space
-    if not isinstance(images, Box) or images.dtype != np.uint8 or len(images.shape) != 3 or min(images.shape[1:]) < 36:
-        fail(
-            f"{args.env_id} has the observation space {images}; {ALGO} needs uint8 images (C, H, W) of at least "
-            "36 × 36. Atari's games are called ALE/Breakout-v5 and so on; for vectors use ppo.py or dqn.py."
-        )
-    if not isinstance(actions, Discrete):
-        fail(f"{args.env_id} has the action space {actions}; {ALGO} needs Discrete.")
-    return images, actions
+def make_env(args: Args, **kwargs) -> gym.Env:
+    """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
+    try:
+        env = gym.make(args.env_id, **kwargs)
+    except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
+        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
+        fail(f"--env-id {args.env_id}: {error} ({hint})")
+    plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
+    return env if plain else gym.wrappers.FlattenObservation(env)
 
 
-def step_pixel_envs(envs: gym.vector.VectorEnv, actions: Tensor) -> tuple:
-    """(observation to act on, observation reached, rewards, terminated, truncated, infos).
+class Envs:
+    """N environments, stepped in turn; where an episode ends, the next one begins within the same step.
 
-    The two observations differ where an episode ended: it reached its final one, and the next one has begun.
-    """
-    obs, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
-    reached, ended = obs, terminated | truncated
-    if ended.any():
-        reached = obs.copy()
-        for i in np.flatnonzero(ended):
-            reached[i] = infos["final_obs"][i]
-    if not np.isfinite(rewards).all():
-        fail("the environment gave a reward that is not finite; the last checkpoint stays", code=1)
-    return obs, reached, rewards, terminated, truncated, infos
-
-
-class Film:
-    """Episodes 0, 1, 8, 27, 64 … of the first environment, as the agent sees them; none where there is no folder."""
-
-    def __init__(self, folder: Path | None):
-        self.folder, self.frames, self.episode = folder, [], 0
-
-    def add(self, obs: np.ndarray) -> None:
-        """The newest image of the first environment's observation; obs (N, C, H, W)."""
-        if self.folder and capped_cubic_video_schedule(self.episode):
-            self.frames.append(np.repeat(obs[0, -1, :, :, None], 3, axis=2))
-
-    def cut(self, ended: np.ndarray) -> None:
-        """Writes the film where the first environment's episode has ended (N,)."""
-        if self.folder and ended[0]:
-            if self.frames:
-                save_video(self.frames, str(self.folder), fps=15, episode_index=self.episode)
-            self.frames, self.episode = [], self.episode + 1
-
-
-class Run:
-    """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
-
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
-    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
+    Observations are copies (N, …): float32, bytes as they are, int64 of a Discrete space.
     """
 
-    def __init__(self, args: Args, rank: int, modules: dict):
-        self.args, self.rank, self.modules, self.signals, self.stopped = args, rank, modules, [], False
-        self.step, self.saved_step, self.seconds, self.monitor_size = 0, 0, 0.0, 0
-        self.dir = Path(args.resume) if args.resume else None
+    def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
+        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
+        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
+        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
+        self.dtype = np.int64 if index else np.uint8 if image else np.float32
+        self.episodes = []  # (environment, return, length) of those that ended in the last step
+        if len(self.observation_space.shape) == 3:
+            fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
+        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
+            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
+            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
+            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+
+    def film(self, args: Args, folder: str, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
+        self.envs[0] = gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), folder, name_prefix=name)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """First observations (N, …); environment i is seeded with seed + i."""
+        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
+
+    def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
+        """(observations to act on, observations reached, rewards, terminated, truncated), each (N, …).
+
+        The two observations differ where an episode ended: it reached its final one, and the next one has begun.
+        """
+        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
+            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
+            rewards[i] = reward = float(reward)
+            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
+            if self.lengths[i] == 1000 and getattr(env, "recording", False):
+                env.stop_recording()  # its frames are kept in memory
+        finite("reward", rewards), finite("observation", reached)
+        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
+        for i, *_ in self.episodes:
+            obs = reached.copy() if obs is reached else obs
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
+        return obs, reached, rewards, terminated, truncated
+
+    def close(self) -> None:
+        """Closes them all."""
+        for env in self.envs:
+            env.close()
+
+
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
+class Run(ExitStack):
+    """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        check_args(args)
+        self.args, self.step, self.updates, self.saved_step, self.longest_episode = args, 0, 0, 0, 0
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        if kind != "cpu" and not getattr(torch, kind).is_available():
+            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
+        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.callback(torch.set_num_threads, torch.get_num_threads())
+        self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        if args.compile:
+            self.compile_backward()
+
+        def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
+            self.stopped = True
+            signal.signal(number, signal.SIG_DFL)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
+                self.callback(signal.signal, number, signal.signal(number, stop))
+        torch.set_num_threads(args.torch_threads)
+        random.seed(args.seed), np.random.seed(args.seed)  # not drawn from here: a checkpoint has PyTorch's state alone
+        torch.manual_seed(args.seed)
+
+    def compile_backward(self) -> None:
+        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
+        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+
+    def __exit__(self, kind, error, trace) -> bool:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+
+    def start(self, envs, **modules) -> None:
+        """Makes a run directory, or opens --resume's. `modules`, with state_dicts, are what a checkpoint holds."""
+        args, self.envs, self.modules, state = self.args, envs, modules, {"seconds": 0, "monitor_size": 0}
+        self.callback(envs.close)
+        self.dir = Path(args.resume) if args.resume else self.new_dir()
+        self.monitor = self.enter_context(open(self.dir / "monitor.csv", "a", buffering=1, newline=""))
+        try:
+            getattr(os, "lockf", max)(self.monitor.fileno(), getattr(os, "F_TLOCK", 0), 0)  # Windows has no such lock
+        except OSError:
+            fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
-            self.restore()
-        elif rank == 0:
-            self.dir = self.new_dir()
-        self.start_step, self.start_time = self.step, time.time() - self.seconds
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        if rank > 0:
-            torch.manual_seed(args.seed + self.step + rank)
-            return
+            state = load_checkpoint(args.resume, **modules)
+            self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
+            self.saved_step = self.step
+            torch.set_rng_state(state["rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
+        self.start_time = time.time() - state["seconds"]
+        self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
         about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
         about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        (self.dir / "args.tmp").write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(self.dir / "args.tmp", self.dir / "args.json")
+        (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+        if args.capture_video:
+            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
-        self.monitor = open(self.dir / "monitor.csv", "a", buffering=1)
-        self.monitor.truncate(self.monitor_size)  # episodes after the checkpoint will be lived through again
-        if self.monitor_size == 0:
-            header = {"t_start": self.start_time, "env_id": args.env_id}
-            self.monitor.write(f"#{json.dumps(header)}\nr,l,t\n")
+        self.callback(self.writer.close)
+        if not args.resume:
+            self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
-        self.recent_returns = deque(maxlen=100)
+        settings = {name: value == getattr(args, name) for name, value in RECOMMENDED.get(args.env_id, {}).items()}
+        texts = {yes: [f"{x}={getattr(args, x)}" for x in settings if settings[x] is yes] for yes in (True, False)}
+        print(f"recommended settings taken: {' '.join(texts[True])}; overridden: {' '.join(texts[False])}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
+        self.callback(self.bar.close)
 
     def new_dir(self) -> Path:
         """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        name = f"{self.args.env_id.replace('/', '-')}__{ALGO}__{self.args.seed}__{int(time.time())}"
-        for n in itertools.count():
-            path = Path(self.args.output_dir) / (f"{name}_{n}" if n else name)
-            try:
-                path.mkdir(parents=True)
-                return path
-            except FileExistsError:
-                pass
-            except OSError as error:
-                fail(f"--output-dir {self.args.output_dir}: {error}")
+        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
+        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+                with suppress(FileExistsError):
+                    path.mkdir()
+                    return path
+        except OSError as error:
+            fail(f"--output-dir {self.args.output_dir}: {error}")
 
-    def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM let the iteration in progress end; a second one stops at once."""
-        self.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    def interrupted(self) -> bool:
-        """Whether this process, or another one under torchrun, was asked to stop."""
-        self.stopped = average(torch.tensor(float(len(self.signals)))).item() > 0
-        return self.stopped
+    def goes_on(self) -> bool:
+        """Whether there are steps left and nobody has asked to stop; writes a checkpoint where one is due."""
+        if self.step - self.saved_step >= self.args.checkpoint_every:
+            self.checkpoint()
+        return self.step < self.args.total_timesteps and not self.stopped
 
     def checkpoint(self) -> None:
         """Writes checkpoint.pt under another name and renames it: whenever the process dies, a whole one is there."""
-        if self.rank > 0:
-            return
-        weights = [x for module in self.modules.values() if isinstance(module, nn.Module) for x in module.parameters()]
-        if not all(x.isfinite().all() for x in weights):
+        networks = [module for module in self.modules.values() if isinstance(module, nn.Module)]
+        if not all(x.isfinite().all() for network in networks for x in network.parameters()):
             fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"step": self.step, "seconds": time.time() - self.start_time}
-        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
-        state["rng"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        torch.save(state, self.dir / "checkpoint.tmp")
-        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
+        state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
+        try:
+            torch.save(state, self.dir / "checkpoint.tmp")
+            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
+            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
         self.saved_step = self.step
 
-    def restore(self) -> None:
-        """Loads checkpoint.pt into the modules, the counters and PyTorch's random state."""
-        try:
-            state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-            for name, module in self.modules.items():
-                module.load_state_dict(state[name])
-            self.step = self.saved_step = state["step"]
-            self.seconds, self.monitor_size = state["seconds"], state["monitor_size"]
-            torch.set_rng_state(state["rng"]["torch"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this run
-            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            fail(f"--resume {self.dir}: checkpoint.pt cannot be used ({reason})")
-
-    def log_episodes(self, infos: dict) -> None:
-        """Writes the episodes that ended in this step to monitor.csv and TensorBoard."""
-        if self.rank > 0 or "episode" not in infos:
-            return
-        for i in np.flatnonzero(infos["_episode"]):
-            episode_return, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
+    def advance(self, envs) -> None:
+        """Counts a step of all environments, and writes down the episodes that it ended."""
+        self.step += envs.num_envs
+        for _, episode_return, length in envs.episodes:
+            self.longest_episode = max(self.longest_episode, length)
+            self.recent_returns.append(episode_return)
             self.monitor.write(f"{episode_return:.6f},{length},{time.time() - self.start_time:.6f}\n")
             self.writer.add_scalar("charts/episodic_return", episode_return, self.step)
             self.writer.add_scalar("charts/episodic_length", length, self.step)
-            self.recent_returns.append(episode_return)
 
-    def log(self, losses: dict[str, float], **charts: float) -> None:
-        """Writes losses/* and charts/* to TensorBoard and moves the progress bar; stops where a loss is not finite."""
-        bad = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
-        if bad:
-            fail(f"{bad} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
-        if self.rank > 0:
-            return
-        charts["SPS"] = (self.step - self.start_step) / (time.time() - self.start_time - self.seconds)
+    def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
+        """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
+        names = dict.fromkeys(itertools.chain(*metrics))
+        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
+        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
+        charts["SPS"] = self.step / (time.time() - self.start_time)
         for group, values in (("losses", losses), ("charts", charts)):
             for name, value in values.items():
                 self.writer.add_scalar(f"{group}/{name}", value, self.step)
-        if self.recent_returns:
-            self.bar.set_postfix({"return": f"{np.mean(self.recent_returns):.1f}"}, refresh=False)
+        self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
         self.bar.update(self.step - self.bar.n)
 
     def finish(self, policy: nn.Module) -> dict:
         """Last checkpoint; then, unless the run was interrupted, policy.pt2, the evaluation and the last two lines."""
         self.checkpoint()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if self.rank > 0:
-            return {}
         self.bar.close()
-        self.monitor.close()
         if self.stopped:
             print(f"stopped at step {self.step}; to go on: --resume {self.dir}", file=sys.stderr)
             raise SystemExit(130)
-        export_policy(policy, self.dir / "policy.pt2")
-        returns = evaluate(policy, self.args)
+        export_policy(policy, self.envs, self.dir / "policy.pt2")
+        limit = self.envs.time_limit or 10 * self.longest_episode or 1000
+        if self.envs.time_limit is None:
+            print(f"{self.args.env_id} has no time limit: evaluation cuts episodes after {limit} steps")
+        returns = evaluate(policy, self.args, type(self.envs), max_episode_steps=limit)
         self.writer.add_scalar("eval/episodic_return", returns.mean(), self.step)
-        self.writer.close()
         print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-        print(f"run directory: {self.dir}")
+        print(f"run directory: {self.dir}", flush=True)
         return {"run_dir": self.dir, "returns": returns}
 
 
 @torch.no_grad()
-def evaluate_games(policy: nn.Module, args: Args) -> np.ndarray:
-    """Scores (eval_episodes,) of fresh games under the protocol with the deterministic policy."""
-    envs = make_pixel_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 1_000_000)
-    scores, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    device = next(policy.parameters()).device
-    while running.any():
-        obs, _, rewards, terminated, truncated, _ = step_pixel_envs(envs, policy(to_device(obs, device)))
-        scores += rewards * running
-        running &= ~(terminated | truncated)
+def evaluate(policy: nn.Module, args: Args, envs_class: type = Envs, **kwargs) -> np.ndarray:
+    """Returns (eval_episodes,) of the deterministic policy; episode i is reset with seed + 1 000 000 + i."""
+    envs, training = envs_class(args, min(args.num_envs, args.eval_episodes), **kwargs), policy.training
+    returns, device = np.full(args.eval_episodes, np.nan), next(policy.parameters()).device
+    policy.eval()
+    for first in range(0, args.eval_episodes, envs.num_envs):
+        obs, playing = envs.reset(args.seed + 1_000_000 + first), returns[first : first + envs.num_envs]
+        while np.isnan(playing).any():
+            obs, *_ = envs.step(policy(torch.as_tensor(obs, device=device)))
+            for i, episode_return, _ in envs.episodes:
+                if i < len(playing) and np.isnan(playing[i]):
+                    playing[i] = episode_return
     envs.close()
-    return scores
+    policy.train(training)
+    return returns
 
 
-evaluate = evaluate_games
-"""What Run asks for."""
-
-
-def export_policy(policy: nn.Module, path: Path) -> None:
-    """Saves `policy.forward` for the CPU: `torch.export.load(path).module()(obs)`, any batch size.
-
-    The module's other weights, critics for instance, go into the file as well.
-    """
-    policy = copy.deepcopy(policy).cpu()
-    example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
-    program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
+def export_policy(policy: nn.Module, envs, path: Path) -> None:
+    """Saves `policy.forward` (and all its weights): `torch.export.load(path).module()(obs)`, any batch size."""
+    example = torch.as_tensor(np.stack([envs.observation_space.sample()] * 2).astype(envs.dtype))
+    policy, shapes = copy.deepcopy(policy).cpu().eval(), ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=shapes), path)
 
 
 if __name__ == "__main__":

@@ -10,54 +10,48 @@ own, and takes several epochs of minibatch steps on
 
 A language model's terms: a prompt is an initial state (a reset seed), a completion an episode, a token a step,
 the verifier's score the return. Details that matter, and why:
-- What a state is worth is what the group gets from it: its mean return takes the place of V(s_0).
+- The group's mean return takes the place of V(s_0). A group of equal returns says nothing: advantages of exactly 0.
 - One reset seed per group also fixes the environment's later luck: returns differ by the actions alone.
-- A group of equal returns says nothing: its advantages are exactly 0.
-- --no-std-normalisation has Dr. GRPO's advantages (Liu et al. 2025, arXiv 2503.20783): divided by their deviation,
-  groups of nearly equal returns weigh as much as those where something was at stake.
-- Few gradient steps per iteration: a whole return says little about one action, and many epochs fit its noise.
-- The loss is a mean over all steps. A mean over each episode's own steps first, as in the paper, makes a step of
-  a long episode weigh less, good or bad; Dr. GRPO names that bias too, and divides by a constant.
+- --no-std-normalisation: Dr. GRPO (Liu et al. 2025, arXiv 2503.20783). Groups of nearly equal returns then weigh less.
 - --reward-to-go compares R_{i,t} = Σ_{k≥t} γ^{k−t} r_{i,k} with the group's at the same time, 0 once ended.
-- β E[q − 1 − log q] ("k3") is never negative, and over π_θ's own actions KL(π_θ ‖ π_ref) in the mean, its gradient
-  that of KL(π_ref ‖ π_θ); after the first step of an iteration the actions are an older policy's. π_ref is a copy
-  of the policy, observation statistics included, renewed every so many iterations.
-- An episode that a time limit cuts: there is no critic to say what is missing, so R ends at the cut. That is exact
-  for the return up to the limit, which is what evaluation measures.
-- An environment that is done steps on idly until the longest episode ends: steps that are simulated, but not counted.
-- Data parallel: the mean is over each process's own steps, and processes count alike, however many those are.
+- Few gradient steps per iteration: a whole return says little about one action, and many epochs fit its noise.
+- The loss is a mean over all steps. The paper's mean over each episode first lets steps of long episodes weigh less.
+- q − 1 − log q ("k3") estimates KL(π_θ ‖ π_ref) from π_θ's own actions, its gradient is KL(π_ref ‖ π_θ)'s. π_ref is a
+  copy of the policy, observation statistics included, renewed every so many iterations.
+- An episode that a time limit cuts: no critic says what is missing, so R ends at the cut.
 
-With one epoch of one minibatch and no deviation, the gradient is that of reinforce.py's mean baseline times (G−1)/G,
-as the group's mean has the episode itself in it, times episodes/steps, a sum over time there being a mean over
-steps here (tests/test_grpo.py). No counterpart in Stable-Baselines3; the clipped objective is ppo.py's.
+No counterpart in Stable-Baselines3. With one epoch of one minibatch and no deviation, the gradient is that of
+reinforce.py's mean baseline times (G−1)/G times episodes/steps (tests/test_grpo.py).
 
     python algos/grpo.py                          # CartPole-v1
     python algos/grpo.py --no-std-normalisation   # Dr. GRPO's advantages
-    python algos/grpo.py --env-id Pendulum-v1     # with its recommended settings
-    python algos/grpo.py --resume runs/CartPole-v1__grpo__1__…
-    torchrun --nproc-per-node 2 algos/grpo.py     # data parallel: each process plays its own groups
 """
 
 import argparse
 import copy
+import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
+import re
+import shutil
 import signal
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque, namedtuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
@@ -65,75 +59,53 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+Count = Annotated[int, (1, math.inf, "at least 1")]
+Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
+Fraction = Annotated[float, (0, 1, "from 0 to 1")]
+Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
+NotNegative = Annotated[float, (0, sys.float_info.max, "0 or more")]
+
 
 @dataclass
 class Args:
     # run
-    seed: int = 1
-    """seed of everything random; same seed, same machine and thread count: same bits on CPU"""
-    total_timesteps: int = 100_000
-    """environment steps, over all environments and processes; the last episodes are played to their end"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks live; auto takes CUDA when there is one"""
-    torch_threads: int = 1
-    """CPU threads for PyTorch; one is fastest for networks this small"""
-    compile: bool = False
-    """compile the gradient with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
-    output_dir: str = "runs"
-    """folder that run directories are made in"""
-    resume: str | None = None
-    """run directory to go on in, with its own arguments; only --total-timesteps may be changed, schedules go by it"""
-    checkpoint_every: int = 50_000
-    """environment steps between checkpoints"""
-    eval_episodes: int = 10
-    """episodes of the final evaluation, with the deterministic policy"""
-    capture_video: bool = False
-    """record resets 0, 1, 8, 27, 64 … of the first environment to the run directory's videos/"""
+    seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
+    total_timesteps: Count = 100_000  # environment steps, over all environments; the last episodes go on to their end
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto takes CUDA when there is one
+    torch_threads: Count = 1  # CPU threads for PyTorch; one is fastest for networks this small
+    compile: bool = False  # compile loss and gradient with torch.compile: pays in runs of several minutes
+    output_dir: str = "runs"  # folder that run directories are made in
+    resume: str | None = None  # run directory to go on in, with its own flags; --total-timesteps alone may be changed
+    checkpoint_every: Count = 50_000  # environment steps between checkpoints
+    eval_episodes: Count = 10  # episodes of the final evaluation, with the deterministic policy
+    capture_video: bool = False  # record resets 0, 1, 8, 27, 64 … of the first environment to the run's videos/
 
     # environment
-    env_id: str = "CartPole-v1"
-    """gymnasium environment; its recommended settings, where there are some, become the defaults"""
-    num_envs: int = 8
-    """parallel environments, a multiple of --group-size (per process)"""
-    normalize_observations: bool = False
-    """normalise observations by their running mean and deviation, clipped to ±10"""
+    env_id: str = "CartPole-v1"  # gymnasium environment; its recommended settings, if any, become the defaults
+    num_envs: Count = 8  # parallel environments, a multiple of --group-size
+    normalize_observations: bool = False  # normalise Box observations by running mean and deviation, clipped to ±10
 
     # algorithm
-    group_size: int = 8
-    """episodes G from the same initial state; where G changes, --num-envs and --groups must follow"""
-    groups: int = 1
-    """groups per iteration (per process); groups × G episodes are played --num-envs at a time"""
-    std_normalisation: bool = True
-    """divide advantages by the group's deviation; off: as in Dr. GRPO"""
-    reward_to_go: bool = False
-    """compare what each action was followed by with the group's at that time, not the return of the whole episode"""
-    gamma: float = 0.99
-    """discount γ"""
-    num_minibatches: int = 1
-    """minibatches per epoch"""
-    update_epochs: int = 2
-    """passes over each iteration's episodes"""
-    learning_rate: float = 3e-3
-    """Adam's step size"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to 0"""
-    clip_coef: float = 0.2
-    """clipping range ε of the probability ratio"""
-    kl_coef: float = 0.0
-    """weight β of the KL to the reference policy"""
-    reference_every: int = 10
-    """iterations after which the reference policy is renewed"""
-    ent_coef: float = 0.0
-    """weight c_e of the entropy bonus"""
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """tanh layers of the policy"""
-    log_std_init: float = 0.0
-    """initial log standard deviation of Box actions"""
+    group_size: Count = 8  # episodes G from the same initial state; where G changes, --num-envs and --groups follow
+    groups: Count = 1  # groups per iteration; groups × G episodes are played --num-envs at a time
+    std_normalisation: bool = True  # divide advantages by the group's deviation; off: as in Dr. GRPO
+    reward_to_go: bool = False  # compare what followed each action with the group's at that time, not whole returns
+    gamma: Fraction = 0.99  # discount γ
+    num_minibatches: Count = 1  # minibatches per epoch
+    update_epochs: Count = 2  # passes over each iteration's episodes
+    learning_rate: Positive = 3e-3  # Adam's step size
+    anneal_lr: bool = True  # lower the learning rate linearly to 0
+    clip_coef: Positive = 0.2  # clipping range ε of the probability ratio
+    kl_coef: NotNegative = 0.0  # weight β of the KL to the reference policy
+    reference_every: Count = 10  # iterations after which the reference policy is renewed
+    ent_coef: NotNegative = 0.0  # weight c_e of the entropy bonus
+    hidden_sizes: tuple[Count, ...] = (64, 64)  # tanh layers of the policy
+    log_std_init: float = 0.0  # initial log standard deviation of Box actions
 
 
 # fmt: off
 MUJOCO = dict(total_timesteps=1_000_000, learning_rate=1e-3, normalize_observations=True, reward_to_go=True)
-RECOMMENDED = {
+RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit flag wins
     "CartPole-v1": dict(),
     "Acrobot-v1": dict(),
     "Pendulum-v1": dict(update_epochs=4, learning_rate=1e-2, gamma=0.9, reward_to_go=True),
@@ -141,34 +113,26 @@ RECOMMENDED = {
     "Swimmer-v5": MUJOCO | dict(gamma=0.9999),
 }
 # fmt: on
-"""Settings by environment id: `--env-id` alone takes them, an explicit flag wins."""
 
 
 # Networks ---------------------------------------------------------------------------------------------------
 
 
 class RunningStatistics(nn.Module):
-    """Mean and variance of all samples so far, as buffers: saved, exported and frozen with the network.
-
-    `std`, which normalises, is what `update` makes of `var`.
-    """
+    """Mean and variance of all samples so far, as buffers: saved, exported and frozen with the network."""
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("std", torch.ones(shape))
+        for name, value in (("mean", torch.zeros(shape)), ("var", torch.ones(shape)), ("std", torch.ones(shape))):
+            self.register_buffer(name, value)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def update(self, batch: Tensor) -> None:
-        """Merges a batch (B, *shape), B the same in all processes (parallel variance, Chan et al. 1979)."""
-        mean = average(batch.mean(0))
-        var = average((batch - mean).square().mean(0))
-        count = len(batch) * (dist.get_world_size() if dist.is_initialized() else 1)
-        self.count += count
-        weight = count / self.count.item()
-        self.var.lerp_(var + (1 - weight) * (mean - self.mean).square(), weight)
+        """Merges a batch (B, *shape) (parallel variance, Chan et al. 1979)."""
+        self.count += len(batch)
+        mean, weight = batch.mean(0), len(batch) / self.count.item()
+        self.var.lerp_((batch - mean).square().mean(0) + (1 - weight) * (mean - self.mean).square(), weight)
         self.mean.lerp_(mean, weight)
         self.std.copy_((self.var + 1e-8).sqrt())
 
@@ -176,71 +140,90 @@ class RunningStatistics(nn.Module):
         """x / deviation, clipped to ±10; (…, *shape)."""
         return (x / self.std).clamp(-10, 10)
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """(x − mean) / deviation, clipped to ±10; (…, *shape)."""
-        return self.scale(x - self.mean)
+
+def orthogonal_linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    """A linear layer with orthogonal weights of that gain, and no bias at first."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
-    """Tanh layers of the given sizes; weights orthogonal with gain √2, `output_gain` in the last; biases zero."""
+    """Tanh layers of the given sizes with gain √2, and a linear one with `output_gain`."""
     layers = []
-    for i in range(len(sizes) - 1):
-        last = i == len(sizes) - 2
-        linear = nn.Linear(sizes[i], sizes[i + 1])
-        nn.init.orthogonal_(linear.weight, output_gain if last else 2**0.5)
-        nn.init.zeros_(linear.bias)
-        layers += [linear] if last else [linear, nn.Tanh()]
-    return nn.Sequential(*layers)
+    for inputs, outputs in itertools.pairwise(sizes[:-1]):
+        layers += [orthogonal_linear(inputs, outputs, 2**0.5), nn.Tanh()]
+    return nn.Sequential(*layers, orthogonal_linear(sizes[-2], sizes[-1], output_gain))
+
+
+class ToBox(nn.Module):
+    """Actions (…, A) → what a Box takes: within its bounds, rounded where it holds integers, in its dtype."""
+
+    def __init__(self, space: Box):
+        super().__init__()
+        self.dtype, exact = torch.as_tensor(space.low).dtype, np.float32 if space.dtype == np.float32 else np.float64
+        self.register_buffer("bounds", torch.as_tensor(np.stack([space.low, space.high]).astype(exact)))
+
+    def forward(self, actions: Tensor) -> Tensor:
+        """(…, A), of any float type."""
+        actions = actions.clamp(*self.bounds)
+        return (actions if self.dtype.is_floating_point else actions.round()).to(self.dtype)
 
 
 class Policy(nn.Module):
     """Policy π(a|s).
 
-    Observations are (…, D) float32 for a Box, (…,) int64 for a Discrete space, and states s (…, D) what `encode`
-    makes of them; actions are (…, A) float32, unclipped, for a Box, (…,) indices from 0 for a Discrete space.
-    `forward` is the deterministic policy, from observations to what the environment takes.
+    Observations are (…, D) float32 of a Box, (…,) int64 of a Discrete space; states s (…, D) are what `encode` makes of
+    them; actions (…, A) float32, unclipped, for a Box, (…,) indices from 0 for a Discrete space. `forward` is the
+    deterministic policy, from observations to what the environment takes.
     """
 
     def __init__(self, observation_space, action_space, hidden_sizes, normalize_observations=False, log_std_init=0.0):
         super().__init__()
         self.observation_space, self.action_space = observation_space, action_space
         self.one_hot, self.discrete = isinstance(observation_space, Discrete), isinstance(action_space, Discrete)
-        self.observation_dtype = torch.int64 if self.one_hot else torch.float32
-        inputs = int(observation_space.n) if self.one_hot else observation_space.shape[0]
+        self.state_size = int(observation_space.n) if self.one_hot else observation_space.shape[0]
         self.action_size = int(action_space.n) if self.discrete else action_space.shape[0]
-        self.observation_statistics = RunningStatistics(inputs) if normalize_observations and not self.one_hot else None
-        self.actor = mlp([inputs, *hidden_sizes, self.action_size], output_gain=0.01)
+        normalized = normalize_observations and not self.one_hot
+        self.observation_statistics = RunningStatistics(self.state_size) if normalized else None
+        self.actor = mlp([self.state_size, *hidden_sizes, self.action_size], output_gain=0.01)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((self.action_size,), log_std_init))
-            self.register_buffer("low", torch.as_tensor(action_space.low))
-            self.register_buffer("high", torch.as_tensor(action_space.high))
+            self.to_box = ToBox(action_space)
 
     def encode(self, obs: Tensor) -> Tensor:
         """Observations → states: one-hot for a Discrete space, normalised by the running statistics if asked for."""
         if self.one_hot:
             return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
-        return obs if self.observation_statistics is None else self.observation_statistics.normalize(obs)
+        statistics = self.observation_statistics
+        return obs if statistics is None else statistics.scale(obs - statistics.mean)
 
     def draw_noise(self, *shape: int) -> Tensor:
         """All the randomness of a rollout's actions at once, (*shape, A): Gumbel, or Gaussian of π's deviation."""
-        noise = torch.empty(*shape, self.action_size, device=self.actor[-1].weight.device)
+        noise = torch.empty(*shape, self.action_size, device=next(self.parameters()).device)
         return -noise.exponential_().log() if self.discrete else noise.normal_() * self.log_std.detach().exp()
 
-    def sample(self, states: Tensor, noise: Tensor) -> Tensor:
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
         """a ~ π(·|s): mean + noise, or argmax of logits + noise (the Gumbel-max trick)."""
-        output = self.actor(states) + noise
+        output = self.actor(self.encode(obs)) + noise
         return output.argmax(-1) if self.discrete else output
 
     def log_prob_and_entropy(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) and H(π(·|s)), both (…,)."""
+        """log π(a|s) and H(π(·|s)) in nats, both (…,), of softmax(logits) or N(mean, diag σ²), σ the same in all s."""
         output = self.actor(states)
         if self.discrete:
-            return categorical_log_prob_and_entropy(output, actions)
-        return gaussian_log_prob_and_entropy(output, self.log_std, actions)
+            log_probs = output.log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
+        log_normaliser = (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
+        log_prob = -0.5 * ((actions - output) * (-self.log_std).exp()).square().sum(-1) - log_normaliser
+        return log_prob, (log_normaliser + 0.5 * self.action_size).expand_as(log_prob)
 
     def to_env(self, actions: Tensor) -> Tensor:
         """What the environment takes: indices moved to the space's start, Box actions clipped to its bounds."""
-        return actions + int(self.action_space.start) if self.discrete else actions.clamp(self.low, self.high)
+        return actions + int(self.action_space.start) if self.discrete else self.to_box(actions)
 
     def forward(self, obs: Tensor) -> Tensor:
         """The most likely action."""
@@ -249,23 +232,6 @@ class Policy(nn.Module):
 
 
 # The maths --------------------------------------------------------------------------------------------------
-
-
-def categorical_log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(a) and entropy in nats, both (…,), of softmax(logits); logits (…, A), actions (…,)."""
-    log_probs = logits.log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
-
-
-def gaussian_log_prob_and_entropy(mean: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(a) and entropy in nats, both (…,), of N(mean, diag(σ²)), σ = exp(log_std); mean, actions (…, A).
-
-    log_std is (A,), the same in all states: another shape would be summed over the states, too.
-    """
-    log_normaliser = (log_std + 0.5 * np.log(2 * np.pi)).sum()
-    log_prob = -0.5 * ((actions - mean) * (-log_std).exp()).square().sum(-1) - log_normaliser
-    return log_prob, (log_normaliser + 0.5 * len(log_std)).expand_as(log_prob)
 
 
 def returns_to_go(rewards: Tensor, gamma: float) -> Tensor:
@@ -290,136 +256,34 @@ def group_advantages(returns: Tensor, group_size: int, std_normalisation: bool) 
     return advantages.flatten(1)
 
 
-def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip: Tensor | float) -> Tensor:
-    """−E[min(ρÂ, clip(ρ, 1−ε, 1+ε)Â)] (arXiv 1707.06347, eq. 7); ratio ρ and advantages (B,)."""
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
-
-
-def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """E[ρ − 1 − log ρ], an unbiased estimate of KL(π_old ‖ π_θ) in nats (Schulman 2020, "k3"); log_ratio (B,)."""
-    return (log_ratio.exp() - 1 - log_ratio).mean()
-
-
-class GRPOBatch(NamedTuple):
-    """The steps of an iteration's episodes, or a minibatch of them; first dimension B. States are encoded."""
-
-    states: Tensor
-    actions: Tensor
-    log_probs: Tensor
-    reference_log_probs: Tensor
-    advantages: Tensor
-
-
-METRICS = ("policy_loss", "entropy", "approx_kl", "reference_kl", "clipfrac")
-
-
-def grpo_loss(policy: Policy, batch: GRPOBatch, args: Args) -> tuple[Tensor, Tensor]:
-    """The loss L(θ) of a minibatch, and METRICS (5,)."""
-    log_probs, entropy = policy.log_prob_and_entropy(batch.states, batch.actions)
-    log_ratio = log_probs - batch.log_probs
-    ratio = log_ratio.exp()
-    policy_loss = clipped_policy_loss(ratio, batch.advantages, args.clip_coef)
-    reference_kl, entropy = approximate_kl(batch.reference_log_probs - log_probs), entropy.mean()
-    loss = policy_loss + args.kl_coef * reference_kl - args.ent_coef * entropy
-    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-    return loss, torch.stack([policy_loss, entropy, approximate_kl(log_ratio), reference_kl, clipfrac]).detach()
-
-
-def parameter_vector(module: nn.Module) -> nn.Parameter:
-    """All parameters of `module` as one vector (P,), of which they become views.
-
-    Optimiser and gradient then take a few operations instead of a few per parameter. Call it once, after `module.to`
-    and before anything else keeps the weights; then step with `vector_step`: the optimiser never sees what
-    `loss.backward()` leaves in a parameter's .grad, and a parameter that is replaced later is trained no more.
-    """
-    parameters = list(module.parameters())
-    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    nn.utils.vector_to_parameters(vector.data, parameters)
-    return vector
-
-
-def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
-    """∇loss with respect to all parameters of `module`, each of which has to take part in it, as one vector (P,): its
-    mean over the processes."""
-    gradients = torch.autograd.grad(loss, list(module.parameters()))
-    return average(torch.cat([x.flatten() for x in gradients]))
-
-
-def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
-    """One step of an optimiser of one vector (P,), down this gradient."""
-    optimizer.param_groups[0]["params"][0].grad = gradient
-    optimizer.step()
-
-
-def grpo_gradient(policy: Policy, batch: GRPOBatch, args: Args) -> tuple[Tensor, Tensor]:
-    """∇L(θ) on a minibatch, and METRICS."""
-    loss, metrics = grpo_loss(policy, batch, args)
-    return gradient_vector(loss, policy), metrics
-
-
-def grpo_update(policy: Policy, optimizer, batch: GRPOBatch, args: Args, gradient_of=grpo_gradient) -> Tensor:
-    """One step of the optimiser of `parameter_vector(policy)` on a minibatch. Returns METRICS before it."""
-    gradient, metrics = gradient_of(policy, batch, args)
-    vector_step(optimizer, gradient)
-    return metrics
-
-
-def shuffled_parts(batch: Sequence[Tensor], epochs: int, parts: int) -> Iterator[tuple[Tensor, ...]]:
-    """For every epoch a new order of the batch's samples, in as many parts as asked for, of equal size up to one."""
-    for _ in range(epochs):
-        order = torch.randperm(len(batch[0]), device=batch[0].device)
-        yield from zip(*(x[order].tensor_split(parts) for x in batch))
-
-
 EPISODE_LIMIT = 100_000
 """Steps after which an episode is taken for one that never ends."""
 
-
-class Episodes(NamedTuple):
-    """One whole episode per environment, (T, N, …) with T the longest; `running` is false after an episode's end."""
-
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    running: Tensor
-    final_observations: Tensor
-    truncated: Tensor
+# One whole episode per environment, (T, N, …) with T the longest; `running` is false after an episode's end.
+Episodes = namedtuple("Episodes", "observations actions rewards running final_observations truncated")
 
 
-@torch.no_grad()
-def play_episodes(policy: Policy, envs: gym.vector.VectorEnv, seeds: list[int]) -> tuple[Episodes, list[dict]]:
-    """Plays one episode in every environment, each reset with its seed. Returns them, and the infos of their ends.
+def play_episodes(policy: Policy, envs, seeds: list[int]) -> Episodes:
+    """Plays one episode in every environment, each reset with its seed; their ends are then in envs.episodes.
 
     An environment that is done steps on idly until the longest episode ends; none of those steps is kept.
     """
-    device = next(policy.parameters()).device
-
-    def tensor(x, dtype):
-        return torch.as_tensor(np.asarray(x), dtype=dtype, device=device)
-
-    obs, _ = envs.reset(seed=seeds)
-    running = np.ones(envs.num_envs, dtype=bool)
-    final_obs, truncated = obs.copy(), ~running
-    steps, ends = [], []
+    device, num_envs = next(policy.parameters()).device, envs.num_envs
+    obs = finite("observation", np.array([env.reset(seed=x)[0] for env, x in zip(envs.envs, seeds)], envs.dtype))
+    envs.returns, envs.lengths, running = [0.0] * num_envs, [0] * num_envs, np.ones(num_envs, bool)
+    final_obs, truncated, steps, ends = obs.copy(), ~running, [], []
     while running.any():
         if len(steps) == EPISODE_LIMIT:
-            fail(
-                f"an episode has not ended after {EPISODE_LIMIT} steps; give the environment a time limit (gymnasium's"
-                " TimeLimit wrapper: max_episode_steps where it is registered), or use ppo.py"
-            )
-        states = policy.encode(tensor(obs, policy.observation_dtype))
-        actions = policy.sample(states, policy.draw_noise(envs.num_envs))
-        next_obs, reached, rewards, terminated, time_limit, infos = step_envs(envs, policy.to_env(actions))
-        steps.append((obs, actions.cpu(), rewards * running, running))
+            fail(f"""no end of an episode after {EPISODE_LIMIT} steps: give the environment a time limit (gymnasium's
+                TimeLimit wrapper, max_episode_steps where it is registered), or use ppo.py""")
+        actions = policy.act(torch.as_tensor(obs, device=device), policy.draw_noise(num_envs))
+        next_obs, reached, rewards, terminated, time_limit = envs.step(policy.to_env(actions))
+        steps.append((obs, actions.numpy(force=True), rewards * running, running))
         final_obs[running], truncated[running] = reached[running], (time_limit & ~terminated)[running]
-        if "episode" in infos:
-            ends.append(infos | {"_episode": infos["_episode"] & running})
+        ends += [end for end in envs.episodes if running[end[0]]]
         obs, running = next_obs, running & ~(terminated | time_limit)
-    observations, actions, rewards, running = zip(*steps)
-    observations, final_obs = (tensor(x, policy.observation_dtype) for x in (observations, final_obs))
-    actions, rewards = torch.stack(actions).to(device), tensor(rewards, torch.float32)
-    running, truncated = (tensor(x, torch.bool) for x in (running, truncated))
-    return Episodes(observations, actions, rewards, running, final_obs, truncated), ends
+    envs.episodes = ends
+    return Episodes(*(torch.as_tensor(np.array(x), device=device) for x in (*zip(*steps), final_obs, truncated)))
 
 
 def check_same_start(args: Args) -> None:
@@ -428,10 +292,81 @@ def check_same_start(args: Args) -> None:
     first, *others = (np.copy(env.reset(seed=args.seed)[0]) for _ in range(10))
     env.close()
     if not all(np.array_equal(first, other) for other in others):
-        fail(
-            f"{args.env_id}: its reset ignores the seed, so that no group could start from one state; let it draw from"
-            " self.np_random after super().reset(seed=seed), or use reinforce.py"
-        )
+        fail(f"""{args.env_id}: its reset ignores the seed, so that no group could start from one state; let it draw
+            from self.np_random after super().reset(seed=seed), or use reinforce.py""")
+
+
+# The steps of an iteration's episodes, or a minibatch of them; first dimension B. States are encoded observations.
+GRPOBatch = namedtuple("GRPOBatch", "states actions log_probs reference_log_probs advantages")
+
+
+def grpo_gradient(policy: nn.Module, batch: GRPOBatch, args: Args) -> dict[str, Tensor]:
+    """Leaves ∇L(θ) of a minibatch in the parameters' .grad, and returns what to log; with --compile this is one graph.
+
+    Both KLs are Schulman's "k3" (2020): of π_old to π_θ, and of π_θ to π_ref as long as π_θ is π_old; in nats.
+    """
+    log_probs, entropies = policy.log_prob_and_entropy(batch.states, batch.actions)
+    log_ratio, log_q = log_probs - batch.log_probs, batch.reference_log_probs - log_probs
+    ratio, clip = log_ratio.exp(), args.clip_coef
+    policy_loss = -torch.min(ratio * batch.advantages, ratio.clamp(1 - clip, 1 + clip) * batch.advantages).mean()
+    reference_kl, entropy = (log_q.exp() - 1 - log_q).mean(), entropies.mean()
+    (policy_loss + args.kl_coef * reference_kl - args.ent_coef * entropy).backward()
+    metrics = dict(policy_loss=policy_loss, entropy=entropy, reference_kl=reference_kl)
+    metrics["approx_kl"] = (ratio - 1 - log_ratio).mean()
+    metrics["clipfrac"] = ((ratio - 1).abs() > clip).float().mean()
+    return {name: x.detach() for name, x in metrics.items()}
+
+
+def shuffled_parts(batch: tuple, epochs: int, parts: int) -> Iterator[tuple]:
+    """For every epoch a new order of the batch's samples, in as many parts as asked for, of equal size up to one."""
+    for _ in range(epochs):
+        order = torch.randperm(len(batch[0]), device=batch[0].device)
+        yield from map(type(batch), *(x[order].tensor_split(parts) for x in batch))
+
+
+class FlatAdam(torch.optim.Adam):
+    """torch.optim.Adam on all parameters as one vector, of which they become views: the same numbers, a tenth faster.
+
+    Gradients stay ordinary tensors, which `step` gathers. What it cannot do right it refuses.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, **settings):
+        self.parameters = list(params)
+        kinds = {(p.dtype, p.device) if isinstance(p, Tensor) else None for p in self.parameters}
+        if len(kinds) > 1 or None in kinds:
+            raise TypeError("FlatAdam takes parameters of one group, type and device: take torch.optim.Adam instead")
+        vector = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
+        for p, view in zip(self.parameters, vector.data.split([p.numel() for p in self.parameters])):
+            p.data = view.view_as(p)
+        self.pointers = [p.data_ptr() for p in self.parameters]
+        super().__init__([vector], lr, fused=True, **settings)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the parameters' gradients."""
+        super().zero_grad()  # of groups that were added
+        for p in self.parameters:
+            p.grad = None
+
+    def step(self, closure: None = None) -> None:
+        """One step down the parameters' .grad."""
+        if closure or any(p.grad is None or p.data_ptr() != x for p, x in zip(self.parameters, self.pointers)):
+            raise RuntimeError("FlatAdam: a parameter has no gradient, or new memory: take torch.optim.Adam instead")
+        group, vector = self.param_groups[0], self.param_groups[0]["params"][0]
+        vector.grad = torch.cat([p.grad.detach().flatten() for p in self.parameters])
+        group["capturable"] = vector.is_cuda and torch.cuda.is_current_stream_capturing()  # in a CUDA graph
+        super().step()
+
+
+def anneal(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets the learning rate of each of its groups to `factor` times the one that it began with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """torch.compile, the backward pass in the function included; on CUDA as CUDA graphs, whose results are copied."""
+    graphs = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+    return lambda *inputs: {name: x.clone() for name, x in graphs(*inputs).items()}
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -439,364 +374,367 @@ def check_same_start(args: Args) -> None:
 
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
-    rank, world_size, device = set_up(args)
-    num_episodes = args.groups * args.group_size
-    if args.group_size == 1:
-        fail("--group-size 1 has nothing to compare with; it must be at least 2")
-    if args.num_envs % args.group_size or num_episodes % args.num_envs:
-        fail(
-            f"--num-envs {args.num_envs} must be a multiple of --group-size {args.group_size}, and divide"
-            f" --groups × --group-size = {num_episodes}"
-        )
-    if args.num_minibatches > num_episodes:
-        fail(f"--num-minibatches {args.num_minibatches} must be at most --groups × --group-size = {num_episodes}")
-    spaces = check_spaces(args, (Discrete, Box))
-    check_same_start(args)
-    policy = Policy(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
-    reference = copy.deepcopy(policy)
-    optimizer = torch.optim.Adam([parameter_vector(policy)], args.learning_rate, eps=1e-5, fused=True)
-    gradient_of = compiled(grpo_gradient, device) if args.compile else grpo_gradient
-    counter = nn.Module()
-    counter.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
-    modules = {"policy": policy, "optimizer": optimizer, "reference": reference, "counter": counter}
-    run = Run(args, rank, modules)
-    envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
+    with Run(args) as run:
+        G, num_episodes = args.group_size, args.groups * args.group_size
+        if G == 1:
+            fail("--group-size 1 has nothing to compare with; it must be at least 2")
+        if args.num_envs % G or num_episodes % args.num_envs:
+            fail(f"""--num-envs {args.num_envs} must be a multiple of --group-size {G}, and divide
+                --groups × --group-size = {num_episodes}""")
+        if args.num_minibatches > num_episodes:
+            fail(f"--num-minibatches {args.num_minibatches} must be at most --groups × --group-size = {num_episodes}")
+        envs = Envs(args, args.num_envs, (Discrete, Box))
+        check_same_start(args)
+        spaces = envs.observation_space, envs.action_space
+        policy = Policy(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(run.device)
+        reference = copy.deepcopy(policy)
+        reference_steps = args.reference_every * args.update_epochs * args.num_minibatches  # from one to the next
+        optimizer = FlatAdam(policy.parameters(), args.learning_rate, eps=1e-5)
+        gradient_of = compiled(grpo_gradient, run.device) if args.compile else grpo_gradient
+        run.start(envs, policy=policy, reference=reference, optimizer=optimizer)  # all that a checkpoint holds
 
-    while run.step < args.total_timesteps and not run.interrupted():
-        remaining = 1 - run.step / args.total_timesteps
-        lr = optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
-        if counter.iteration % args.reference_every == 0:
-            reference.load_state_dict(policy.state_dict())
-        counter.iteration += 1
+        while run.goes_on():
+            anneal(optimizer, 1 - run.step / args.total_timesteps if args.anneal_lr else 1)
+            if run.updates % reference_steps == 0:
+                reference.load_state_dict(policy.state_dict())
 
-        # Play groups of episodes, and compare each with its group; then (T, N) becomes the (B,) steps that were played.
-        played = []
-        for _ in range(num_episodes // args.num_envs):
-            seeds = torch.randint(2**31, (args.num_envs // args.group_size,)).repeat_interleave(args.group_size)
-            episodes, ends = play_episodes(policy, envs, seeds.tolist())
-            run.step += round(world_size * average(episodes.running.sum()).item())
-            for infos in ends:
-                run.log_episodes(infos)
-            returns = returns_to_go(episodes.rewards, args.gamma)
-            compared = returns if args.reward_to_go else returns[:1]
-            advantages = group_advantages(compared, args.group_size, args.std_normalisation).expand_as(returns)
-            steps = (episodes.observations, episodes.actions, advantages, returns)
-            played.append([x[episodes.running] for x in steps])
-        observations, actions, advantages, returns = (torch.cat(x) for x in zip(*played))
+            # Play groups of episodes, compare each with its group; then (T, N) becomes the (B,) steps that were played.
+            played = []
+            for _ in range(num_episodes // args.num_envs):
+                seeds = torch.randint(2**31, (args.num_envs // G,)).repeat_interleave(G)
+                episodes = play_episodes(policy, envs, seeds.tolist())
+                run.step += int(episodes.running.sum()) - args.num_envs  # `advance` counts one step of each environment
+                run.advance(envs)
+                returns = returns_to_go(episodes.rewards, args.gamma)
+                compared = returns if args.reward_to_go else returns[:1]
+                advantages = group_advantages(compared, G, args.std_normalisation).expand_as(returns)
+                steps = (episodes.observations, episodes.actions, advantages, returns)
+                played.append([x[episodes.running] for x in steps])
+            observations, actions, advantages, returns = (torch.cat(x) for x in zip(*played))
 
-        # Update: several epochs of shuffled minibatches.
-        states = policy.encode(observations)
-        with torch.no_grad():
-            log_probs, _ = policy.log_prob_and_entropy(states, actions)
-            reference_log_probs, _ = reference.log_prob_and_entropy(reference.encode(observations), actions)
-        metrics = []
-        batch = GRPOBatch(states, actions, log_probs, reference_log_probs, advantages)
-        for minibatch in shuffled_parts(batch, args.update_epochs, args.num_minibatches):
-            minibatch_metrics = grpo_update(policy, optimizer, GRPOBatch(*minibatch), args, gradient_of)
-            metrics.append(minibatch_metrics.clone())  # CUDA graphs reuse the memory of their outputs
-        if policy.observation_statistics is not None:
-            policy.observation_statistics.update(observations)
-            for x in policy.observation_statistics.buffers():
-                x.copy_(average(x))  # each merged its own steps, however many: their mean, not one merge
-
-        # Log.
-        losses = average(torch.cat([torch.stack(metrics).mean(0), returns.mean(0, keepdim=True)])).tolist()
-        run.log(dict(zip((*METRICS, "returns"), losses)), learning_rate=lr)
-        if run.step - run.saved_step >= args.checkpoint_every:
-            run.checkpoint()
-
-    envs.close()
-    return run.finish(policy)
+            # Update: several epochs of shuffled minibatches.
+            states, metrics = policy.encode(observations), []
+            with torch.no_grad():
+                log_probs, _ = policy.log_prob_and_entropy(states, actions)
+                reference_log_probs, _ = reference.log_prob_and_entropy(reference.encode(observations), actions)
+            batch = GRPOBatch(states, actions, log_probs, reference_log_probs, advantages)
+            for minibatch in shuffled_parts(batch, args.update_epochs, args.num_minibatches):
+                optimizer.zero_grad()
+                metrics.append(gradient_of(policy, minibatch, args))
+                optimizer.step()
+                run.updates += 1
+            if policy.observation_statistics is not None:
+                policy.observation_statistics.update(observations)
+            metrics.append({"returns": returns.mean()})
+            run.log(metrics, learning_rate=optimizer.param_groups[0]["lr"])
+        return run.finish(policy)
 
 
 # Plumbing: the same in every file ---------------------------------------------------------------------------
 
 ALGO = Path(__file__).stem
-FLATTEN = "Flatten it with gymnasium.wrappers.FlattenObservation"
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Stops with one line on stderr; exit code 2 where the request was wrong, 1 where the run went wrong."""
-    tqdm.write(f"{ALGO}.py: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
+    tqdm.write(f"{ALGO}.py: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, below a progress bar
     raise SystemExit(code)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
+    for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
+        stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--env-id", "--env_id", default=Args.env_id)
     early.add_argument("--resume")
     known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id, **RECOMMENDED.get(known.env_id, {})})
+    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
     if known.resume:
-        try:
-            saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
-            saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-            defaults = Args(**saved)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"--resume {known.resume}: not the directory of a run of {ALGO}.py ({error})")
+        defaults = Args(**load_checkpoint(known.resume)["args"])
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{__doc__.splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
+    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
     args = tyro.cli(Args, default=defaults, args=argv, description=description)
     if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
         fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
     return args
 
 
-def set_up(args: Args) -> tuple[int, int, torch.device]:
-    """Seeds, threads, device; meets the other processes under torchrun. Returns (rank, world size, device)."""
-    for name, value in asdict(args).items():
-        if type(value) is int and value < 1 and name != "seed":
-            fail(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if not 0 <= args.seed < 2**32:
-        fail(f"--seed {args.seed} must be from 0 to 2³² − 1")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
-    rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
-    torch.set_num_threads(args.torch_threads)
-    random.seed(args.seed)
-    np.random.seed(args.seed)  # neither is drawn from here: a checkpoint has PyTorch's state alone
-    torch.manual_seed(args.seed)
-    return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+def check_args(args: Args) -> None:
+    """Refuses a value outside the range that its type in Args names."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+            if not all(x is None or low <= x <= high for x in values):
+                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
 
 
-def average(x: Tensor) -> Tensor:
-    """Mean over the processes of torchrun; x itself where there is only one."""
-    if not dist.is_initialized():
-        return x
-    total = x.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
-        torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+def load_checkpoint(folder: str, **modules) -> dict:
+    """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
+    try:
+        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=True)
+        if state["algo"] != ALGO:
+            raise ValueError(f"it is {state['algo']}.py's")
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
+        fail(f"--resume {folder}: no checkpoint of this {ALGO}.py, or of an older version of it ({error!r:.200})")
+    return state
 
 
 def make_env(args: Args, **kwargs) -> gym.Env:
-    """gymnasium.make, or one line why not."""
+    """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
     try:
-        return gym.make(args.env_id, **kwargs)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
+        env = gym.make(args.env_id, **kwargs)
+    except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
+        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
+        fail(f"--env-id {args.env_id}: {error} ({hint})")
+    plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
+    return env if plain else gym.wrappers.FlattenObservation(env)
 
 
-def check_spaces(args: Args, action_spaces: tuple[type, ...], hint: str = "") -> tuple[gym.Space, gym.Space]:
-    """The environment's observation and action space; refuses what the networks cannot take."""
-    env = make_env(args)
-    env.close()
-    if args.capture_video and "rgb_array" not in env.metadata["render_modes"]:
-        fail(f"--capture-video: {args.env_id} cannot render to images")
-    observation = ("observation", env.observation_space, (Discrete, Box), FLATTEN)
-    for kind, space, allowed, way_out in (observation, ("action", env.action_space, action_spaces, hint)):
-        if not isinstance(space, allowed) or (isinstance(space, Box) and len(space.shape) != 1):
-            names = " or ".join("a one-dimensional Box" if x is Box else x.__name__ for x in allowed)
-            message = f"{args.env_id} has the {kind} space {space}; {ALGO} needs {names}. {way_out}"
-            fail(" ".join(message.split()))
-    return env.observation_space, env.action_space
+class Envs:
+    """N environments, stepped in turn; where an episode ends, the next one begins within the same step.
 
-
-def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
-    """Environments that reset within the step that ends an episode: no step is spent on a reset."""
-
-    def make(index: int) -> gym.Env:
-        if video_dir is None or index > 0:
-            return make_env(args)
-        return gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), str(video_dir))
-
-    envs = [lambda index=index: make(index) for index in range(num_envs)]
-    envs = gym.vector.SyncVectorEnv(envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
-
-
-def step_envs(envs: gym.vector.VectorEnv, actions: Tensor) -> tuple:
-    """(observation to act on, observation reached, rewards, terminated, truncated, infos).
-
-    The two observations differ where an episode ended: it reached its final one, and the next one has begun.
-    """
-    obs, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
-    reached = obs
-    if "final_obs" in infos:
-        reached = obs.copy()
-        for i in np.flatnonzero(infos["_final_obs"]):
-            reached[i] = infos["final_obs"][i]
-    if not (np.isfinite(rewards).all() and np.isfinite(reached).all()):
-        fail("the environment gave a reward or observation that is not finite; the last checkpoint stays", code=1)
-    return obs, reached, rewards, terminated, truncated, infos
-
-
-class Run:
-    """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
-
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
-    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
+    Observations are copies (N, …): float32, bytes as they are, int64 of a Discrete space.
     """
 
-    def __init__(self, args: Args, rank: int, modules: dict):
-        self.args, self.rank, self.modules, self.signals, self.stopped = args, rank, modules, [], False
-        self.step, self.saved_step, self.seconds, self.monitor_size = 0, 0, 0.0, 0
-        self.dir = Path(args.resume) if args.resume else None
+    def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
+        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
+        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
+        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
+        self.dtype = np.int64 if index else np.uint8 if image else np.float32
+        self.episodes = []  # (environment, return, length) of those that ended in the last step
+        if len(self.observation_space.shape) == 3:
+            fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
+        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
+            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
+            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
+            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+
+    def film(self, args: Args, folder: str, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
+        self.envs[0] = gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), folder, name_prefix=name)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """First observations (N, …); environment i is seeded with seed + i."""
+        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
+
+    def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
+        """(observations to act on, observations reached, rewards, terminated, truncated), each (N, …).
+
+        The two observations differ where an episode ended: it reached its final one, and the next one has begun.
+        """
+        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
+            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
+            rewards[i] = reward = float(reward)
+            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
+            if self.lengths[i] == 1000 and getattr(env, "recording", False):
+                env.stop_recording()  # its frames are kept in memory
+        finite("reward", rewards), finite("observation", reached)
+        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
+        for i, *_ in self.episodes:
+            obs = reached.copy() if obs is reached else obs
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
+        return obs, reached, rewards, terminated, truncated
+
+    def close(self) -> None:
+        """Closes them all."""
+        for env in self.envs:
+            env.close()
+
+
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
+class Run(ExitStack):
+    """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        check_args(args)
+        self.args, self.step, self.updates, self.saved_step, self.longest_episode = args, 0, 0, 0, 0
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        if kind != "cpu" and not getattr(torch, kind).is_available():
+            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
+        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.callback(torch.set_num_threads, torch.get_num_threads())
+        self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        if args.compile:
+            self.compile_backward()
+
+        def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
+            self.stopped = True
+            signal.signal(number, signal.SIG_DFL)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
+                self.callback(signal.signal, number, signal.signal(number, stop))
+        torch.set_num_threads(args.torch_threads)
+        random.seed(args.seed), np.random.seed(args.seed)  # not drawn from here: a checkpoint has PyTorch's state alone
+        torch.manual_seed(args.seed)
+
+    def compile_backward(self) -> None:
+        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
+        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+
+    def __exit__(self, kind, error, trace) -> bool:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+
+    def start(self, envs, **modules) -> None:
+        """Makes a run directory, or opens --resume's. `modules`, with state_dicts, are what a checkpoint holds."""
+        args, self.envs, self.modules, state = self.args, envs, modules, {"seconds": 0, "monitor_size": 0}
+        self.callback(envs.close)
+        self.dir = Path(args.resume) if args.resume else self.new_dir()
+        self.monitor = self.enter_context(open(self.dir / "monitor.csv", "a", buffering=1, newline=""))
+        try:
+            getattr(os, "lockf", max)(self.monitor.fileno(), getattr(os, "F_TLOCK", 0), 0)  # Windows has no such lock
+        except OSError:
+            fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
-            self.restore()
-        elif rank == 0:
-            self.dir = self.new_dir()
-        self.start_step, self.start_time = self.step, time.time() - self.seconds
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        if rank > 0:
-            torch.manual_seed(args.seed + self.step + rank)
-            return
+            state = load_checkpoint(args.resume, **modules)
+            self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
+            self.saved_step = self.step
+            torch.set_rng_state(state["rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
+        self.start_time = time.time() - state["seconds"]
+        self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
         about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
         about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        (self.dir / "args.tmp").write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(self.dir / "args.tmp", self.dir / "args.json")
+        (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+        if args.capture_video:
+            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
-        self.monitor = open(self.dir / "monitor.csv", "a", buffering=1)
-        self.monitor.truncate(self.monitor_size)  # episodes after the checkpoint will be lived through again
-        if self.monitor_size == 0:
-            header = {"t_start": self.start_time, "env_id": args.env_id}
-            self.monitor.write(f"#{json.dumps(header)}\nr,l,t\n")
+        self.callback(self.writer.close)
+        if not args.resume:
+            self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
-        self.recent_returns = deque(maxlen=100)
+        settings = {name: value == getattr(args, name) for name, value in RECOMMENDED.get(args.env_id, {}).items()}
+        texts = {yes: [f"{x}={getattr(args, x)}" for x in settings if settings[x] is yes] for yes in (True, False)}
+        print(f"recommended settings taken: {' '.join(texts[True])}; overridden: {' '.join(texts[False])}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
+        self.callback(self.bar.close)
 
     def new_dir(self) -> Path:
         """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        name = f"{self.args.env_id.replace('/', '-')}__{ALGO}__{self.args.seed}__{int(time.time())}"
-        for n in itertools.count():
-            path = Path(self.args.output_dir) / (f"{name}_{n}" if n else name)
-            try:
-                path.mkdir(parents=True)
-                return path
-            except FileExistsError:
-                pass
-            except OSError as error:
-                fail(f"--output-dir {self.args.output_dir}: {error}")
+        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
+        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+                with suppress(FileExistsError):
+                    path.mkdir()
+                    return path
+        except OSError as error:
+            fail(f"--output-dir {self.args.output_dir}: {error}")
 
-    def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM let the iteration in progress end; a second one stops at once."""
-        self.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    def interrupted(self) -> bool:
-        """Whether this process, or another one under torchrun, was asked to stop."""
-        self.stopped = average(torch.tensor(float(len(self.signals)))).item() > 0
-        return self.stopped
+    def goes_on(self) -> bool:
+        """Whether there are steps left and nobody has asked to stop; writes a checkpoint where one is due."""
+        if self.step - self.saved_step >= self.args.checkpoint_every:
+            self.checkpoint()
+        return self.step < self.args.total_timesteps and not self.stopped
 
     def checkpoint(self) -> None:
         """Writes checkpoint.pt under another name and renames it: whenever the process dies, a whole one is there."""
-        if self.rank > 0:
-            return
-        weights = [x for module in self.modules.values() if isinstance(module, nn.Module) for x in module.parameters()]
-        if not all(x.isfinite().all() for x in weights):
+        networks = [module for module in self.modules.values() if isinstance(module, nn.Module)]
+        if not all(x.isfinite().all() for network in networks for x in network.parameters()):
             fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"step": self.step, "seconds": time.time() - self.start_time}
-        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
-        state["rng"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        torch.save(state, self.dir / "checkpoint.tmp")
-        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
+        state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
+        try:
+            torch.save(state, self.dir / "checkpoint.tmp")
+            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
+            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
         self.saved_step = self.step
 
-    def restore(self) -> None:
-        """Loads checkpoint.pt into the modules, the counters and PyTorch's random state."""
-        try:
-            state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-            for name, module in self.modules.items():
-                module.load_state_dict(state[name])
-            self.step = self.saved_step = state["step"]
-            self.seconds, self.monitor_size = state["seconds"], state["monitor_size"]
-            torch.set_rng_state(state["rng"]["torch"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this run
-            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            fail(f"--resume {self.dir}: checkpoint.pt cannot be used ({reason})")
-
-    def log_episodes(self, infos: dict) -> None:
-        """Writes the episodes that ended in this step to monitor.csv and TensorBoard."""
-        if self.rank > 0 or "episode" not in infos:
-            return
-        for i in np.flatnonzero(infos["_episode"]):
-            episode_return, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
+    def advance(self, envs) -> None:
+        """Counts a step of all environments, and writes down the episodes that it ended."""
+        self.step += envs.num_envs
+        for _, episode_return, length in envs.episodes:
+            self.longest_episode = max(self.longest_episode, length)
+            self.recent_returns.append(episode_return)
             self.monitor.write(f"{episode_return:.6f},{length},{time.time() - self.start_time:.6f}\n")
             self.writer.add_scalar("charts/episodic_return", episode_return, self.step)
             self.writer.add_scalar("charts/episodic_length", length, self.step)
-            self.recent_returns.append(episode_return)
 
-    def log(self, losses: dict[str, float], **charts: float) -> None:
-        """Writes losses/* and charts/* to TensorBoard and moves the progress bar; stops where a loss is not finite."""
-        bad = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
-        if bad:
-            fail(f"{bad} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
-        if self.rank > 0:
-            return
-        charts["SPS"] = (self.step - self.start_step) / (time.time() - self.start_time - self.seconds)
+    def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
+        """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
+        names = dict.fromkeys(itertools.chain(*metrics))
+        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
+        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
+        charts["SPS"] = self.step / (time.time() - self.start_time)
         for group, values in (("losses", losses), ("charts", charts)):
             for name, value in values.items():
                 self.writer.add_scalar(f"{group}/{name}", value, self.step)
-        if self.recent_returns:
-            self.bar.set_postfix({"return": f"{np.mean(self.recent_returns):.1f}"}, refresh=False)
+        self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
         self.bar.update(self.step - self.bar.n)
 
     def finish(self, policy: nn.Module) -> dict:
         """Last checkpoint; then, unless the run was interrupted, policy.pt2, the evaluation and the last two lines."""
         self.checkpoint()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if self.rank > 0:
-            return {}
         self.bar.close()
-        self.monitor.close()
         if self.stopped:
             print(f"stopped at step {self.step}; to go on: --resume {self.dir}", file=sys.stderr)
             raise SystemExit(130)
-        export_policy(policy, self.dir / "policy.pt2")
-        returns = evaluate(policy, self.args)
+        export_policy(policy, self.envs, self.dir / "policy.pt2")
+        limit = self.envs.time_limit or 10 * self.longest_episode or 1000
+        if self.envs.time_limit is None:
+            print(f"{self.args.env_id} has no time limit: evaluation cuts episodes after {limit} steps")
+        returns = evaluate(policy, self.args, type(self.envs), max_episode_steps=limit)
         self.writer.add_scalar("eval/episodic_return", returns.mean(), self.step)
-        self.writer.close()
         print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-        print(f"run directory: {self.dir}")
+        print(f"run directory: {self.dir}", flush=True)
         return {"run_dir": self.dir, "returns": returns}
 
 
 @torch.no_grad()
-def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
-    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment.
-
-    A policy with a memory would have to carry it on here, and in export_policy; one with dropout or BatchNorm, to be
-    switched to eval() in both.
-    """
-    envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 1_000_000)
-    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    device = next(policy.parameters()).device
-    while running.any():
-        actions = policy(torch.as_tensor(obs, dtype=policy.observation_dtype, device=device))
-        obs, _, rewards, terminated, truncated, _ = step_envs(envs, actions)
-        returns += rewards * running
-        running &= ~(terminated | truncated)
+def evaluate(policy: nn.Module, args: Args, envs_class: type = Envs, **kwargs) -> np.ndarray:
+    """Returns (eval_episodes,) of the deterministic policy; episode i is reset with seed + 1 000 000 + i."""
+    envs, training = envs_class(args, min(args.num_envs, args.eval_episodes), **kwargs), policy.training
+    returns, device = np.full(args.eval_episodes, np.nan), next(policy.parameters()).device
+    policy.eval()
+    for first in range(0, args.eval_episodes, envs.num_envs):
+        obs, playing = envs.reset(args.seed + 1_000_000 + first), returns[first : first + envs.num_envs]
+        while np.isnan(playing).any():
+            obs, *_ = envs.step(policy(torch.as_tensor(obs, device=device)))
+            for i, episode_return, _ in envs.episodes:
+                if i < len(playing) and np.isnan(playing[i]):
+                    playing[i] = episode_return
     envs.close()
+    policy.train(training)
     return returns
 
 
-def export_policy(policy: nn.Module, path: Path) -> None:
-    """Saves `policy.forward` for the CPU: `torch.export.load(path).module()(obs)`, any batch size.
-
-    The module's other weights, critics for instance, go into the file as well.
-    """
-    policy = copy.deepcopy(policy).cpu()
-    example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
-    program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
+def export_policy(policy: nn.Module, envs, path: Path) -> None:
+    """Saves `policy.forward` (and all its weights): `torch.export.load(path).module()(obs)`, any batch size."""
+    example = torch.as_tensor(np.stack([envs.observation_space.sample()] * 2).astype(envs.dtype))
+    policy, shapes = copy.deepcopy(policy).cpu().eval(), ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=shapes), path)
 
 
 if __name__ == "__main__":

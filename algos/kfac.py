@@ -1,64 +1,56 @@
 """K-FAC: the natural policy gradient with Kronecker-factored curvature, as ACKTR (Wu et al. 2017, arXiv 1708.05144).
 
-The steepest ascent of the return per unit of change in the policy, measured by its KL divergence, is F⁻¹∇J, with the
-Fisher matrix F = E[∇log π(a'|s) ∇log π(a'|s)ᵀ], a' ~ π(·|s). F has a row for every weight: too large to invert. K-FAC
-(Martens & Grosse 2015, arXiv 1503.05671) makes two approximations. Let a layer compute s = W ā from its input ā (a 1
-appended goes with the bias), and let g = ∂ log π(a'|s)/∂s, so that its own gradient is g āᵀ. Then
-1. block diagonal: what the gradients of two layers have in common is dropped; one block F_l = E[āāᵀ ⊗ ggᵀ] per layer;
-2. product of expectations: E[āāᵀ ⊗ ggᵀ] ≈ E[āāᵀ] ⊗ E[ggᵀ] = A ⊗ G, as if ā and g were independent. The inverse of a
-   Kronecker product is the product of the inverses, so two small matrices are inverted in the place of one huge one.
+The steepest ascent of the return per unit of KL divergence is F⁻¹∇J, F = E[∇log π(a'|s) ∇log π(a'|s)ᵀ], a' ~ π(·|s),
+with a row for every weight: too large to invert. K-FAC (Martens & Grosse 2015, arXiv 1503.05671) drops what two layers
+have in common. Of a layer s = W ā (a 1 appended to its input goes with the bias), with g = ∂ log π(a'|s)/∂s, it keeps
+E[āāᵀ ⊗ ggᵀ] ≈ E[āāᵀ] ⊗ E[ggᵀ] = A ⊗ G, as if ā and g were independent: two small inverses. After every T steps
 
-Each iteration collects T steps from N environments, estimates advantages Â with GAE(λ), and takes one step:
-
-    ∇L  = −E[Â ∇log π(a|s)] − c_e ∇E[H(π(·|s))]
+    ∇L  = −E[Â ∇log π(a|s)] − c_e ∇E[H(π(·|s))]                  Â by GAE(λ), arXiv 1506.02438
     Δ_l = (G_l + √λ/π_l I)⁻¹ ∇L_l (A_l + π_l√λ I)⁻¹              λ the damping, π_l² = (tr A/dim A) / (tr G/dim G)
     θ  ← θ − η Δ                                                 η = min(η_max, √(2δ / Δᵀ F̂ Δ))
 
-The critic does the same with the loss E[(V − R̂)²]/2, the Gauss-Newton matrix E[∇V ∇Vᵀ] in the place of F, and its own
-δ. Details that matter, and why:
+The critic does the same with E[(V − R̂)²]/2, the Gauss-Newton matrix E[∇V ∇Vᵀ] in the place of F, and its own δ.
 - a' is drawn afresh from the policy: with the actions taken F would be the empirical Fisher, which is no metric.
-- Gauss-Newton is the Fisher matrix of N(V(s), 1). V is one number: g = ∂V/∂s is exact, no noise is drawn for it.
+- Gauss-Newton is the Fisher matrix of N(V(s), 1); V is one number: g = ∂V/∂s is exact, no noise is drawn for it.
 - log σ of a Gaussian policy is no layer's: its Fisher is exactly 2 per dimension, and 0 between it and the mean.
 - A and G are running averages: the mean of the first updates, then exponential. One batch alone is too noisy.
-- Inverses come from eigendecompositions, negative rounding cut off, every few updates: curvature changes slowly.
 - Old inverses only fit small steps: on CartPole `--critic-trust-region 1` ends at 221 and 264 (seeds 1 and 2), and with
   `--inverse-every 1` beside it at 500 and 500.
-- Δᵀ F̂ Δ = Σ_l tr(Δ_lᵀ G_l Δ_l A_l), undamped: η²/2 of it is the KL divergence of a step to second order, as F̂
-  measures it, and that is at most δ. F̂ is approximate and an average over old policies: the true KL may be larger.
-- The critic's δ is a share of its squared error, so it has no unit of reward: δ for N(V(s), σ²), σ² that error.
-- A time limit is not a termination: a truncated step bootstraps from its true final observation.
+- Δᵀ F̂ Δ = Σ_l tr(Δ_lᵀ G_l Δ_l A_l), undamped: η²/2 of it, at most δ, is a step's KL divergence to second order, as F̂
+  measures it, an average over old policies: the true one may be larger.
+- The critic's δ is a share of its squared error, so it has no unit of reward: ACKTR has σ = 1.
 
-Against ACKTR on Atari: actor and critic share no layers and take separate steps, which keeps their curvatures apart,
-and advantages are GAE(λ), not n-step; the authors' code for MuJoCo does both as well. The critic's δ is relative to
-its error, where ACKTR has σ = 1. Their code also has momentum 0.9, on Atari clips gradients, draws noise for the
-critic's factors and inverts in a thread of its own: not here.
+Against ACKTR: actor and critic share no layers; GAE(λ) as in its code for MuJoCo, no momentum and no gradient clipping.
 
     python algos/kfac.py                              # CartPole-v1
     python algos/kfac.py --env-id HalfCheetah-v5 --seed 3
-    python algos/kfac.py --resume runs/CartPole-v1__kfac__1__…
-    torchrun --nproc-per-node 2 algos/kfac.py         # data parallel: each process has its own environments
 """
 
 import argparse
 import copy
+import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
+import re
+import shutil
 import signal
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import deque, namedtuple
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
@@ -66,77 +58,55 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+Count = Annotated[int, (1, math.inf, "at least 1")]
+Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
+Fraction = Annotated[float, (0, 1, "from 0 to 1")]
+Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
+NotNegative = Annotated[float, (0, sys.float_info.max, "0 or more")]
+
 
 @dataclass
 class Args:
     # run
-    seed: int = 1
-    """seed of everything random; same seed, same machine and thread count: same bits on CPU"""
-    total_timesteps: int = 100_000
-    """environment steps, over all environments and processes, rounded up to whole rollouts"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks live; auto takes CUDA when there is one"""
-    torch_threads: int = 1
-    """CPU threads for PyTorch; one is fastest for networks this small"""
-    compile: bool = False
-    """compile the gradients and curvature with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
-    output_dir: str = "runs"
-    """folder that run directories are made in"""
-    resume: str | None = None
-    """run directory to go on in, with its own arguments; only --total-timesteps may be changed, schedules go by it"""
-    checkpoint_every: int = 50_000
-    """environment steps between checkpoints"""
-    eval_episodes: int = 10
-    """episodes of the final evaluation, with the deterministic policy"""
-    capture_video: bool = False
-    """record episodes 0, 1, 8, 27, 64 … of the first environment to the run directory's videos/"""
+    seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
+    total_timesteps: Count = 100_000  # environment steps, over all environments, in whole rollouts
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto takes CUDA when there is one
+    torch_threads: Count = 1  # CPU threads for PyTorch; one is fastest for networks this small
+    compile: bool = False  # compile losses and gradients with torch.compile: pays in runs of several minutes
+    output_dir: str = "runs"  # folder that run directories are made in
+    resume: str | None = None  # run directory to go on in, with its own flags; --total-timesteps alone may be changed
+    checkpoint_every: Count = 50_000  # environment steps between checkpoints
+    eval_episodes: Count = 10  # episodes of the final evaluation, with the deterministic policy
+    capture_video: bool = False  # record episodes 0, 1, 8, 27, 64 … of the first environment to the run's videos/
 
     # environment
-    env_id: str = "CartPole-v1"
-    """gymnasium environment; its recommended settings, where there are some, become the defaults"""
-    num_envs: int = 16
-    """parallel environments N (per process)"""
-    normalize_observations: bool = False
-    """normalise observations by their running mean and deviation, clipped to ±10"""
-    normalize_rewards: bool = False
-    """divide rewards by the running deviation of the discounted return, clipped to ±10"""
+    env_id: str = "CartPole-v1"  # gymnasium environment; its recommended settings, if any, become the defaults
+    num_envs: Count = 16  # parallel environments N
+    normalize_observations: bool = False  # normalise Box observations by running mean and deviation, clipped to ±10
+    normalize_rewards: bool = False  # divide rewards by the running deviation of the discounted return, clipped to ±10
 
     # algorithm
-    num_steps: int = 16
-    """steps T per environment and rollout"""
-    trust_region: float = 0.001
-    """δ of the policy: bound on the KL divergence of a step, in nats, to second order and as F̂ measures it"""
-    critic_trust_region: float = 0.01
-    """δ of the critic: bound on half its mean squared change in a step, as a share of its mean squared error"""
-    max_step_size: float = 0.25
-    """η_max: bound on the step size of both networks"""
-    anneal_step_size: bool = True
-    """lower the step sizes linearly to 0"""
-    damping: float = 0.01
-    """λ added to the curvature, factored"""
-    statistics_decay: float = 0.99
-    """decay of the running averages of A and G, per update"""
-    inverse_every: int = 10
-    """updates between inversions"""
-    gamma: float = 0.99
-    """discount γ"""
-    gae_lambda: float = 0.95
-    """λ of generalised advantage estimation"""
-    normalize_advantages: bool = True
-    """normalise advantages per rollout and process"""
-    ent_coef: float = 0.0
-    """weight c_e of the entropy bonus"""
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """tanh layers of the policy and, apart from it, of the value network"""
-    log_std_init: float = 0.0
-    """initial log standard deviation of Box actions"""
+    num_steps: Count = 16  # steps T per environment and rollout
+    trust_region: Positive = 0.001  # δ of the policy: bound on a step's KL in nats, to second order, as F̂ measures it
+    critic_trust_region: Positive = 0.01  # δ of the critic: bound on ½ mean squared change of V, per mean squared error
+    max_step_size: Positive = 0.25  # η_max: bound on the step size of both networks
+    anneal_step_size: bool = True  # lower the step sizes linearly to 0
+    damping: Positive = 0.01  # λ added to the curvature, factored
+    statistics_decay: Fraction = 0.99  # decay of the running averages of A and G, per update
+    inverse_every: Count = 10  # updates between inversions
+    gamma: Fraction = 0.99  # discount γ
+    gae_lambda: Fraction = 0.95  # λ of generalised advantage estimation
+    normalize_advantages: bool = True  # normalise advantages per rollout
+    ent_coef: NotNegative = 0.0  # weight c_e of the entropy bonus
+    hidden_sizes: tuple[Count, ...] = (64, 64)  # tanh layers of the policy and, apart from it, of the value network
+    log_std_init: float = 0.0  # initial log standard deviation of Box actions
 
 
 # fmt: off
 MUJOCO = dict(
     total_timesteps=1_000_000, num_envs=8, num_steps=128, trust_region=0.002, normalize_observations=True,
     normalize_rewards=True)
-RECOMMENDED = {
+RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit flag wins
     "Acrobot-v1": dict(normalize_observations=True, normalize_rewards=True),
     "Pendulum-v1": dict(
         trust_region=0.005, critic_trust_region=0.1, gamma=0.9, normalize_observations=True, normalize_rewards=True),
@@ -144,34 +114,26 @@ RECOMMENDED = {
     "Swimmer-v5": MUJOCO | dict(gamma=0.9999),
 }
 # fmt: on
-"""Settings by environment id: `--env-id` alone takes them, an explicit flag wins."""
 
 
 # Networks ---------------------------------------------------------------------------------------------------
 
 
 class RunningStatistics(nn.Module):
-    """Mean and variance of all samples so far, as buffers: saved, exported and frozen with the network.
-
-    `std`, which normalises, is what `update` makes of `var`.
-    """
+    """Mean and variance of all samples so far, as buffers: saved, exported and frozen with the network."""
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("std", torch.ones(shape))
+        for name, value in (("mean", torch.zeros(shape)), ("var", torch.ones(shape)), ("std", torch.ones(shape))):
+            self.register_buffer(name, value)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def update(self, batch: Tensor) -> None:
-        """Merges a batch (B, *shape), B the same in all processes (parallel variance, Chan et al. 1979)."""
-        mean = average(batch.mean(0))
-        var = average((batch - mean).square().mean(0))
-        count = len(batch) * (dist.get_world_size() if dist.is_initialized() else 1)
-        self.count += count
-        weight = count / self.count.item()
-        self.var.lerp_(var + (1 - weight) * (mean - self.mean).square(), weight)
+        """Merges a batch (B, *shape) (parallel variance, Chan et al. 1979)."""
+        self.count += len(batch)
+        mean, weight = batch.mean(0), len(batch) / self.count.item()
+        self.var.lerp_((batch - mean).square().mean(0) + (1 - weight) * (mean - self.mean).square(), weight)
         self.mean.lerp_(mean, weight)
         self.std.copy_((self.var + 1e-8).sqrt())
 
@@ -179,52 +141,49 @@ class RunningStatistics(nn.Module):
         """x / deviation, clipped to ±10; (…, *shape)."""
         return (x / self.std).clamp(-10, 10)
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """(x − mean) / deviation, clipped to ±10; (…, *shape)."""
-        return self.scale(x - self.mean)
+
+def orthogonal_linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    """A linear layer with orthogonal weights of that gain, and no bias at first."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
-    """Tanh layers of the given sizes; weights orthogonal with gain √2, `output_gain` in the last; biases zero."""
+    """Tanh layers of the given sizes with gain √2, and a linear one with `output_gain`."""
     layers = []
-    for i in range(len(sizes) - 1):
-        last = i == len(sizes) - 2
-        linear = nn.Linear(sizes[i], sizes[i + 1])
-        nn.init.orthogonal_(linear.weight, output_gain if last else 2**0.5)
-        nn.init.zeros_(linear.bias)
-        layers += [linear] if last else [linear, nn.Tanh()]
-    return nn.Sequential(*layers)
+    for inputs, outputs in itertools.pairwise(sizes[:-1]):
+        layers += [orthogonal_linear(inputs, outputs, 2**0.5), nn.Tanh()]
+    return nn.Sequential(*layers, orthogonal_linear(sizes[-2], sizes[-1], output_gain))
 
 
-def without_modules(network: nn.Sequential) -> Callable[[Tensor], Tensor]:
-    """A network of `mlp` as a function of (B, inputs), without gradients and without the cost of calling modules.
+class ToBox(nn.Module):
+    """Actions (…, A) → what a Box takes: within its bounds, rounded where it holds integers, in its dtype."""
 
-    For the few rows of one step that cost is more than the arithmetic's. It follows weights that change in place, and
-    repeats what `mlp` does: of another network it would leave out, in silence, all but the linear layers.
-    """
-    *hidden, last = [(x.weight.detach().T, x.bias.detach()) for x in network if isinstance(x, nn.Linear)]
+    def __init__(self, space: Box):
+        super().__init__()
+        self.dtype, exact = torch.as_tensor(space.low).dtype, np.float32 if space.dtype == np.float32 else np.float64
+        self.register_buffer("bounds", torch.as_tensor(np.stack([space.low, space.high]).astype(exact)))
 
-    def function(x: Tensor) -> Tensor:
-        for weight, bias in hidden:
-            x = torch.addmm(bias, x, weight).tanh_()
-        return torch.addmm(last[1], x, last[0])
-
-    return function
+    def forward(self, actions: Tensor) -> Tensor:
+        """(…, A), of any float type."""
+        actions = actions.clamp(*self.bounds)
+        return (actions if self.dtype.is_floating_point else actions.round()).to(self.dtype)
 
 
 class ActorCritic(nn.Module):
     """Policy π(a|s) and value V(s): two networks that share nothing but the encoding of observations.
 
-    Observations are (…, D) float32 for a Box, (…,) int64 for a Discrete space, and states s (…, D) what `encode`
-    makes of them; actions are (…, A) float32, unclipped, for a Box, (…,) indices from 0 for a Discrete space.
-    `forward` is the deterministic policy, from observations to what the environment takes.
+    Observations are (…, D) float32 of a Box, (…,) int64 of a Discrete space; states s (…, D) are what `encode` makes of
+    them; actions (…, A) float32, unclipped, for a Box, (…,) indices from 0 for a Discrete space. `forward` is the
+    deterministic policy, from observations to what the environment takes.
     """
 
     def __init__(self, observation_space, action_space, hidden_sizes, normalize_observations=False, log_std_init=0.0):
         super().__init__()
         self.observation_space, self.action_space = observation_space, action_space
         self.one_hot, self.discrete = isinstance(observation_space, Discrete), isinstance(action_space, Discrete)
-        self.observation_dtype = torch.int64 if self.one_hot else torch.float32
         inputs = int(observation_space.n) if self.one_hot else observation_space.shape[0]
         self.action_size = int(action_space.n) if self.discrete else action_space.shape[0]
         self.observation_statistics = RunningStatistics(inputs) if normalize_observations and not self.one_hot else None
@@ -233,14 +192,14 @@ class ActorCritic(nn.Module):
         self.critic = mlp([inputs, *hidden_sizes, 1], output_gain=1.0)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((self.action_size,), log_std_init))
-            self.register_buffer("low", torch.as_tensor(action_space.low))
-            self.register_buffer("high", torch.as_tensor(action_space.high))
+            self.to_box = ToBox(action_space)
 
     def encode(self, obs: Tensor) -> Tensor:
         """Observations → states: one-hot for a Discrete space, normalised by the running statistics if asked for."""
         if self.one_hot:
             return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
-        return obs if self.observation_statistics is None else self.observation_statistics.normalize(obs)
+        statistics = self.observation_statistics
+        return obs if statistics is None else statistics.scale(obs - statistics.mean)
 
     def value(self, states: Tensor) -> Tensor:
         """V(s), shape (…,)."""
@@ -248,23 +207,29 @@ class ActorCritic(nn.Module):
 
     def draw_noise(self, *shape: int) -> Tensor:
         """All the randomness of a rollout's actions at once, (*shape, A): Gumbel, or Gaussian of π's deviation."""
-        noise = torch.empty(*shape, self.action_size, device=self.actor[-1].weight.device)
+        noise = torch.empty(*shape, self.action_size, device=next(self.parameters()).device)
         return -noise.exponential_().log() if self.discrete else noise.normal_() * self.log_std.detach().exp()
 
-    def sample(self, output: Tensor, noise: Tensor) -> Tensor:
-        """a ~ π(·|s) from the actor's output: mean + noise, or argmax of logits + noise (the Gumbel-max trick)."""
-        return (output + noise).argmax(-1) if self.discrete else output + noise
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """a ~ π(·|s): mean + noise, or argmax of logits + noise (the Gumbel-max trick)."""
+        output = self.actor(self.encode(obs)) + noise
+        return output.argmax(-1) if self.discrete else output
 
     def log_prob_and_entropy(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) and H(π(·|s)), both (…,)."""
+        """log π(a|s) and H(π(·|s)) in nats, both (…,), of softmax(logits) or N(mean, diag σ²), σ the same in all s."""
         output = self.actor(states)
         if self.discrete:
-            return categorical_log_prob_and_entropy(output, actions)
-        return gaussian_log_prob_and_entropy(output, self.log_std, actions)
+            log_probs = output.log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
+        log_normaliser = (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
+        log_prob = -0.5 * ((actions - output) * (-self.log_std).exp()).square().sum(-1) - log_normaliser
+        return log_prob, (log_normaliser + 0.5 * self.action_size).expand_as(log_prob)
 
     def to_env(self, actions: Tensor) -> Tensor:
         """What the environment takes: indices moved to the space's start, Box actions clipped to its bounds."""
-        return actions + int(self.action_space.start) if self.discrete else actions.clamp(self.low, self.high)
+        return actions + int(self.action_space.start) if self.discrete else self.to_box(actions)
 
     def forward(self, obs: Tensor) -> Tensor:
         """The most likely action."""
@@ -272,11 +237,13 @@ class ActorCritic(nn.Module):
         return self.to_env(output.argmax(-1) if self.discrete else output)
 
 
+# Curvature --------------------------------------------------------------------------------------------------
+
+
 class KroneckerFactors(nn.Module):
     """The Fisher matrix of one Linear layer as A ⊗ G: running averages and damped inverses, all of them buffers.
 
-    A is E[āāᵀ] (I+1, I+1), the 1 appended to the input going with the bias; G is E[ggᵀ] (O, O). Weight and bias
-    are one matrix X (O, I+1), and (A ⊗ G) vec(X) = vec(G X A).
+    A is E[āāᵀ] (I+1, I+1), G is E[ggᵀ] (O, O); of weight and bias as a matrix X (O, I+1), (A ⊗ G) vec X = vec(G X A).
     """
 
     def __init__(self, layer: nn.Linear):
@@ -286,54 +253,88 @@ class KroneckerFactors(nn.Module):
             self.register_buffer(f"{name}_inverse", torch.zeros(size, size))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
-    def update(self, A: Tensor, G: Tensor, args: Args) -> None:
-        """Takes a batch's factors into the running averages, the k-th with weight max(1/k, 1 − decay).
+    def update(self, inputs: Tensor, gradients: Tensor, args: Args) -> None:
+        """Takes ā (B, I+1) and g (B, O) of a batch into the averages, the k-th one with weight max(1/k, 1 − decay).
 
-        The first update and every `inverse_every`-th after it renews the inverses.
+        Every `inverse_every`-th renews (A + π√λ I)⁻¹ and (G + √λ/π I)⁻¹ (arXiv 1503.05671, section 6.3).
         """
         self.updates += 1
         k = self.updates.item()
-        weight = max(1 / k, 1 - args.statistics_decay)
-        self.A.lerp_(A, weight)
-        self.G.lerp_(G, weight)
-        if (k - 1) % args.inverse_every == 0:
-            self.invert(args.damping)
-
-    def invert(self, damping: float) -> None:
-        """(A + π√λ I)⁻¹ and (G + √λ/π I)⁻¹, factored Tikhonov damping (arXiv 1503.05671, section 6.3)."""
+        self.A.lerp_(inputs.T @ inputs / len(inputs), max(1 / k, 1 - args.statistics_decay))
+        self.G.lerp_(gradients.T @ gradients / len(inputs), max(1 / k, 1 - args.statistics_decay))
+        if (k - 1) % args.inverse_every:
+            return
         if not (self.A.isfinite().all() and self.G.isfinite().all()):
             fail("the curvature is not finite; the last checkpoint stays", code=1)
         pi = (self.A.trace() / len(self.A) / (self.G.trace() / len(self.G)).clamp(min=1e-10)).sqrt()
-        self.A_inverse.copy_(damped_inverse(self.A, pi * damping**0.5))
-        self.G_inverse.copy_(damped_inverse(self.G, damping**0.5 / pi))
+        root = args.damping**0.5
+        for x, inverse, added in ((self.A, self.A_inverse, pi * root), (self.G, self.G_inverse, root / pi)):
+            eigenvalues, eigenvectors = (y.to(x.device) for y in torch.linalg.eigh(x.cpu() if x.is_mps else x))
+            inverse.copy_(eigenvectors / (eigenvalues.clamp(min=0) + added) @ eigenvectors.T)  # < 0 by rounding only
 
-    def precondition(self, gradient: Tensor) -> Tensor:
-        """F̂⁻¹∇L with the damped inverses; (O, I+1)."""
-        return self.G_inverse @ gradient @ self.A_inverse
 
-    def quadratic_form(self, step: Tensor) -> Tensor:
-        """Δᵀ F̂ Δ = tr(Δᵀ G Δ A), undamped, of a step Δ (O, I+1)."""
-        return ((self.G @ step) * (step @ self.A)).sum()
+class KFAC:
+    """The curvature of a network, measured in its own forward and backward pass, and steps from its parameters' .grad.
+
+    Modules other than Linear may have no weights, state or randomness. `log_std` (A,) has the Fisher matrix 2I.
+    """
+
+    def __init__(self, network: nn.Module, log_std: nn.Parameter | None = None):
+        self.layers = [x for x in network.modules() if type(x) is nn.Linear and x.bias is not None]
+        for x in set(network.modules()) - set(self.layers):
+            if [*x.parameters(False), *x.buffers(False)] or isinstance(x, nn.modules.dropout._DropoutNd):
+                fail(f"K-FAC knows the curvature of Linear layers with a bias alone, and {x} is none")
+        self.log_std, self.parameters = log_std, [p for layer in self.layers for p in layer.parameters()]
+        self.parameters += [] if log_std is None else [log_std]
+        self.factors = nn.ModuleList(map(KroneckerFactors, self.layers)).to(next(network.parameters()))
+        self.state_dict, self.load_state_dict = self.factors.state_dict, self.factors.load_state_dict
+
+    def trained(self) -> list[tuple[nn.Linear, KroneckerFactors]]:
+        """The layers that are not frozen; a gradient is expected of each of their parameters."""
+        pairs = [x for x in zip(self.layers, self.factors) if any(p.requires_grad for p in x[0].parameters())]
+        if not pairs or any(p.grad is None for layer, _ in pairs for p in layer.parameters()):
+            fail("K-FAC: a parameter has no gradient: was its network replaced, half a layer frozen, or all?", code=1)
+        return pairs
+
+    def measure(self, function: Callable[[], Tensor], args: Args) -> None:
+        """Updates A and G; g are the gradients of what `function` (B,) finds by one forward pass of the network."""
+        seen = {}
+
+        def see(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+            if layer in seen or output.ndim != 2:
+                fail(f"K-FAC: a forward pass must use {layer} once, and on one vector per sample (B, I)", code=1)
+            seen[layer] = F.pad(inputs[0].detach(), (0, 1), value=1.0), output
+            return output.clone()  # of which an activation in place may make what it likes
+
+        layers = self.trained()
+        with ExitStack() as hooks:
+            for layer, _ in layers:
+                hooks.callback(layer.register_forward_hook(see).remove)
+            values = function()
+        gradients = torch.autograd.grad(values.sum(), [seen[layer][1] for layer, _ in layers])
+        for (layer, factors), gradient in zip(layers, gradients):
+            factors.update(seen[layer][0], gradient, args)
+
+    @torch.no_grad()
+    def step(self, trust_region: Tensor | float, annealed: float, args: Args) -> Tensor:
+        """θ ← θ − η Δ, Δ made of the .grad, η as in arXiv 1708.05144, section 3.2, times `annealed`. Returns η."""
+        steps, form = [], 0.0
+        for layer, factors in self.trained():
+            gradient = torch.cat([layer.weight.grad, layer.bias.grad.unsqueeze(1)], 1)
+            step = factors.G_inverse @ gradient @ factors.A_inverse
+            form = form + ((factors.G @ step) * (step @ factors.A)).sum()  # tr(Δᵀ G Δ A), without damping
+            steps += [(layer.weight, step[:, :-1]), (layer.bias, step[:, -1])]
+        if self.log_std is not None and self.log_std.requires_grad:
+            steps.append((self.log_std, self.log_std.grad / (2 + args.damping)))
+            form = form + 2 * steps[-1][1].square().sum()
+        form = form.clamp(min=1e-30)  # 0 where there is nothing left to learn; rounding may make it negative
+        size = annealed * (2 * trust_region / form).sqrt().clamp(max=args.max_step_size)
+        for parameter, step in steps:
+            parameter -= size * step
+        return size
 
 
 # The maths --------------------------------------------------------------------------------------------------
-
-
-def categorical_log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(a) and entropy in nats, both (…,), of softmax(logits); logits (…, A), actions (…,)."""
-    log_probs = logits.log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
-
-
-def gaussian_log_prob_and_entropy(mean: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(a) and entropy in nats, both (…,), of N(mean, diag(σ²)), σ = exp(log_std); mean, actions (…, A).
-
-    log_std is (A,), the same in all states: another shape would be summed over the states, too.
-    """
-    log_normaliser = (log_std + 0.5 * np.log(2 * np.pi)).sum()
-    log_prob = -0.5 * ((actions - mean) * (-log_std).exp()).square().sum(-1) - log_normaliser
-    return log_prob, (log_normaliser + 0.5 * len(log_std)).expand_as(log_prob)
 
 
 def linear_recurrence(x: Tensor, decay: Tensor, y: Tensor) -> Tensor:
@@ -359,170 +360,35 @@ def gae(rewards, values, next_values, terminated, truncated, gamma: float, gae_l
 def discounted_returns(rewards: Tensor, done: Tensor, previous: Tensor, gamma: float) -> Tensor:
     """R_t = r_t + γ R_{t−1}, from 0 in each episode; rewards and done (T, N), `previous` (N,) is R_{−1}.
 
-    Of past rewards, not a critic's target: its deviation is the scale by which rewards are normalised. `previous` is 0
-    for an episode that begins with this rollout.
+    Its deviation is the scale of normalised rewards. `previous` is 0 where an episode begins with the rollout.
     """
     first = torch.cat([torch.zeros_like(done[:1]), done[:-1]])
     return linear_recurrence(rewards, gamma * (~first).to(rewards.dtype), previous)
 
 
-def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """E[ρ − 1 − log ρ], an unbiased estimate of KL(π_old ‖ π_θ) in nats (Schulman 2020, "k3"); log_ratio (B,)."""
-    return (log_ratio.exp() - 1 - log_ratio).mean()
+KFACBatch = namedtuple("KFACBatch", "states actions advantages returns")  # a rollout (B, …); states are encoded
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 − Var[R̂ − V] / Var[R̂]: 1 is a perfect critic, 0 one that knows nothing but the mean; inputs of one shape."""
-    return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
-
-
-def damped_inverse(x: Tensor, damping: Tensor) -> Tensor:
-    """(X + damping · I)⁻¹ of a symmetric positive semidefinite X (n, n), by eigendecomposition."""
-    source = x.cpu() if x.device.type == "mps" else x  # an older PyTorch has no eigh on MPS
-    eigenvalues, eigenvectors = (y.to(x.device) for y in torch.linalg.eigh(source))
-    return eigenvectors / (eigenvalues.clamp(min=0) + damping) @ eigenvectors.T
-
-
-def layer_by_layer(network: nn.Sequential, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The output for x (B, I), and of each Linear its inputs with a 1 appended and its outputs, (B, ·)."""
-    inputs, outputs = [], []
-    for layer in network:
-        if isinstance(layer, nn.Linear):
-            inputs.append(F.pad(x, (0, 1), value=1.0).detach())
-            outputs.append(layer(x))
-            x = outputs[-1]
-        else:
-            x = layer(x)
-    return x, inputs, outputs
-
-
-def kronecker_factors(inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """A = E[āāᵀ] and G = E[ggᵀ] over a batch of ā (B, I+1) and g (B, O) (arXiv 1503.05671, eq. 1)."""
-    return inputs.T @ inputs / len(inputs), gradients.T @ gradients / len(gradients)
-
-
-def trust_region_step_size(quadratic_form: Tensor, trust_region: Tensor | float, max_step_size: float) -> Tensor:
-    """η = min(η_max, √(2δ / Δᵀ F̂ Δ)) (arXiv 1708.05144, section 3.2), so that η²/2 Δᵀ F̂ Δ is at most δ."""
-    form = quadratic_form.clamp(min=1e-30)  # 0 where there is nothing left to learn; rounding may make it negative
-    return (2 * trust_region / form).sqrt().clamp(max=max_step_size)
-
-
-class KFACBatch(NamedTuple):
-    """A rollout; first dimension B. States are encoded observations."""
-
-    states: Tensor
-    actions: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-
-METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl")
-
-
-def actor_gradients(agent: ActorCritic, batch: KFACBatch, noise: Tensor, ent_coef: float) -> tuple:
-    """Loss gradients and Fisher factors of the policy; `noise` (B, A) makes the actions of the Fisher matrix.
-
-    Returns the gradient (O, I+1) of each Linear layer, behind them that of log σ if there is one; A, G, A, G, …
-    of the layers; the loss −E[Â log π(a|s)] and the entropy; log π(a|s) (B,).
-    """
-    output, inputs, outputs = layer_by_layer(agent.actor, batch.states)
-
-    def log_prob_and_entropy(actions):
-        if agent.discrete:
-            return categorical_log_prob_and_entropy(output, actions)
-        return gaussian_log_prob_and_entropy(output, agent.log_std, actions)
-
-    log_probs, entropy = log_prob_and_entropy(batch.actions)
-    policy_loss, entropy = -(log_probs * batch.advantages).mean(), entropy.mean()
-    log_std = [] if agent.discrete else [agent.log_std]
-    gradients = torch.autograd.grad(policy_loss - ent_coef * entropy, outputs + log_std, retain_graph=True)
-    drawn = output.detach() + noise
-    own_log_probs, _ = log_prob_and_entropy(drawn.argmax(-1) if agent.discrete else drawn)
-    scores = torch.autograd.grad(own_log_probs.sum(), outputs)
-    factors = [factor for a, g in zip(inputs, scores) for factor in kronecker_factors(a, g)]
-    gradients = [g.T @ a for g, a in zip(gradients, inputs)] + list(gradients[len(inputs) :])
-    return gradients, factors, policy_loss.detach(), entropy.detach(), log_probs.detach()
-
-
-def critic_gradients(agent: ActorCritic, batch: KFACBatch) -> tuple:
-    """Gradients of E[(V − R̂)²]/2 and Gauss-Newton factors of the critic, as of the actor; and E[(V − R̂)²]."""
-    values, inputs, outputs = layer_by_layer(agent.critic, batch.states)
-    slopes = torch.autograd.grad(values.sum(), outputs)
-    errors = values.detach() - batch.returns.unsqueeze(-1)
-    gradients = [(errors * g).T @ a / len(a) for g, a in zip(slopes, inputs)]
-    factors = [factor for a, g in zip(inputs, slopes) for factor in kronecker_factors(a, g)]
-    return gradients, factors, errors.square().mean()
-
-
-def gradients_and_factors(agent: ActorCritic, batch: KFACBatch, noise: Tensor, ent_coef: float) -> tuple:
-    """Gradients and factors of the actor, those of the critic, the losses as in METRICS; lists all; log π(a|s) (B,)."""
-    actor, actor_factors, policy_loss, entropy, log_probs = actor_gradients(agent, batch, noise, ent_coef)
-    critic, critic_factors, value_loss = critic_gradients(agent, batch)
-    return actor, actor_factors, critic, critic_factors, [policy_loss, value_loss, entropy], log_probs
-
-
-def linear_layers(network: nn.Sequential) -> list[nn.Linear]:
-    """The layers with curvature, from the input on."""
-    return [layer for layer in network if isinstance(layer, nn.Linear)]
-
-
-def make_curvature(agent: ActorCritic) -> nn.ModuleList:
-    """The KroneckerFactors of the actor's Linear layers, and those of the critic's."""
-    networks = (agent.actor, agent.critic)
-    return nn.ModuleList(nn.ModuleList(map(KroneckerFactors, linear_layers(network))) for network in networks)
-
-
-def natural_direction(curvature: nn.ModuleList, gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Δ of each Linear layer of a network, (O, I+1), and Δᵀ F̂ Δ of them all."""
-    steps = [layer.precondition(gradient) for layer, gradient in zip(curvature, gradients)]
-    return steps, sum(layer.quadratic_form(step) for layer, step in zip(curvature, steps))
-
-
-def take_step(network: nn.Sequential, steps: list[Tensor], size: Tensor) -> None:
-    """θ ← θ − η Δ."""
-    for layer, step in zip(linear_layers(network), steps):
-        layer.weight -= size * step[:, :-1]
-        layer.bias -= size * step[:, -1]
-
-
-@torch.no_grad()
-def kfac_update(agent, curvature, batch: KFACBatch, annealed: float, args: Args, measure: Callable) -> Tensor:
-    """One step of both networks on a rollout; returns METRICS, η of the actor and η of the critic.
-
-    `curvature` is of make_curvature(agent); `annealed` multiplies both step sizes; `measure` is
-    gradients_and_factors, compiled or not.
-    """
+def kfac_gradient(agent: nn.Module, batch: KFACBatch, args: Args) -> tuple[dict[str, Tensor], Tensor]:
+    """Leaves ∇L and the critic's ∇E[(V − R̂)²]/2 in the parameters' .grad; returns what to log, and log π(a|s) (B,)."""
     advantages = batch.advantages
     if args.normalize_advantages and len(advantages) > 1:
-        batch = batch._replace(advantages=(advantages - advantages.mean()) / (advantages.std() + 1e-8))
-    noise = agent.draw_noise(len(batch.states))
-    with torch.enable_grad():
-        *lists, log_probs = measure(agent, batch, noise, args.ent_coef)
-    if dist.is_initialized():
-        averages = iter(average_all([x for tensors in lists for x in tensors]))
-        lists = [[next(averages) for _ in tensors] for tensors in lists]
-    gradients, factors, critic_gradients, critic_factors, losses = lists
-    for layers, pairs in zip(curvature, (factors, critic_factors)):
-        for layer, A, G in zip(layers, pairs[::2], pairs[1::2]):
-            layer.update(A, G, args)
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    log_probs, entropies = agent.log_prob_and_entropy(batch.states, batch.actions)
+    policy_loss, entropy = -(log_probs * advantages).mean(), entropies.mean()
+    value_loss = F.mse_loss(agent.value(batch.states), batch.returns)
+    (policy_loss - args.ent_coef * entropy + value_loss / 2).backward()
+    metrics = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy)
+    return {name: x.detach() for name, x in metrics.items()}, log_probs.detach()
 
-    steps, form = natural_direction(curvature[0], gradients)
-    if not agent.discrete:
-        log_std_step = gradients[-1] / (2 + args.damping)
-        form = form + 2 * log_std_step.square().sum()
-    size = annealed * trust_region_step_size(form, args.trust_region, args.max_step_size)
-    take_step(agent.actor, steps, size)
-    if not agent.discrete:
-        agent.log_std -= size * log_std_step
 
-    steps, form = natural_direction(curvature[1], critic_gradients)
-    critic_trust_region = args.critic_trust_region * losses[METRICS.index("value_loss")]
-    critic_size = annealed * trust_region_step_size(form, critic_trust_region, args.max_step_size)
-    take_step(agent.critic, steps, critic_size)
-
-    new_log_probs, _ = agent.log_prob_and_entropy(batch.states, batch.actions)
-    kl = average(approximate_kl(new_log_probs - log_probs))
-    return torch.stack([*losses, kl, size, critic_size])
+def measure_curvature(agent: nn.Module, actor: KFAC, critic: KFAC, states: Tensor, noise: Tensor, args: Args) -> None:
+    """Both networks' in states (B, D), the policy's by actions of its own: `noise` (B, A) draws them."""
+    with torch.no_grad():
+        drawn = agent.actor(states) + noise
+    actions = drawn.argmax(-1) if agent.discrete else drawn
+    actor.measure(lambda: agent.log_prob_and_entropy(states, actions)[0], args)
+    critic.measure(lambda: agent.value(states), args)
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -533,371 +399,372 @@ LOG_EVERY = 1_000
 
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
-    rank, world_size, device = set_up(args)
-    for name in ("trust_region", "critic_trust_region", "max_step_size", "damping"):
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than 0")
-    spaces = check_spaces(args, (Discrete, Box))
-    agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
-    curvature = make_curvature(agent).to(device)
-    measure = compiled(gradients_and_factors, device) if args.compile else gradients_and_factors
-    run = Run(args, rank, {"agent": agent, "curvature": curvature})
-    envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
+    with Run(args) as run:
+        envs = Envs(args, args.num_envs, (Discrete, Box))
+        spaces = envs.observation_space, envs.action_space
+        agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(run.device)
+        actor, critic = KFAC(agent.actor, None if agent.discrete else agent.log_std), KFAC(agent.critic)
+        if len(actor.parameters) + len(critic.parameters) != len({*agent.parameters()}):
+            fail("K-FAC: each parameter must be of one layer, in the actor or in the critic")
+        gradient_of = torch.compile(kfac_gradient) if args.compile else kfac_gradient
+        run.start(envs, agent=agent, actor=actor, critic=critic)  # all that a checkpoint holds
 
-    actor = without_modules(agent.actor)  # a network that is not `mlp`'s has to act itself
+        obs, metrics, logged_step = envs.reset(args.seed + run.step), [], run.step
+        discounted_return = torch.zeros(args.num_envs, device=run.device)
+        while run.goes_on():
+            annealed = 1 - run.step / args.total_timesteps if args.anneal_step_size else 1.0
 
-    def tensor(x, dtype=torch.float32):
-        return torch.as_tensor(np.asarray(x), dtype=dtype, device=device)
+            # Collect T steps from every environment with the policy as it stands.
+            rollout = []
+            for noise in agent.draw_noise(args.num_steps, args.num_envs):
+                actions = agent.act(torch.as_tensor(obs, device=run.device), noise)
+                acted_on = obs
+                obs, next_obs, rewards, terminated, truncated = envs.step(agent.to_env(actions))
+                rollout.append((acted_on, next_obs, actions.numpy(force=True), rewards, terminated, truncated))
+                run.advance(envs)
+            rollout = (torch.as_tensor(np.array(x), device=run.device) for x in zip(*rollout))
+            observations, next_observations, actions, rewards, terminated, truncated = rollout
 
-    obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
-    discounted_return = torch.zeros(args.num_envs, device=device)
-    metrics = []
-    logged_step = run.step
-    while run.step < args.total_timesteps and not run.interrupted():
-        annealed = 1 - run.step / args.total_timesteps if args.anneal_step_size else 1.0
+            # Estimate advantages and returns; everything is (T, N).
+            if args.normalize_rewards:
+                done = terminated | truncated
+                discounted = discounted_returns(rewards, done, discounted_return, args.gamma)
+                discounted_return = discounted[-1] * ~done[-1]
+                agent.return_statistics.update(discounted.flatten())
+                rewards = agent.return_statistics.scale(rewards)
+            with torch.no_grad():
+                states = agent.encode(observations)
+                values, next_values = agent.value(states), agent.value(agent.encode(next_observations))
+            advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
+            returns = advantages + values
 
-        # Collect T steps from every environment with the policy as it stands.
-        rollout = []
-        for noise in agent.draw_noise(args.num_steps, args.num_envs):
-            actions = agent.sample(actor(agent.encode(tensor(obs, agent.observation_dtype))), noise)
-            acted_on = obs
-            obs, next_obs, rewards, terminated, truncated, infos = step_envs(envs, agent.to_env(actions))
-            rollout.append((acted_on, next_obs, actions.cpu(), rewards, terminated, truncated))
-            run.step += args.num_envs * world_size
-            run.log_episodes(infos)
+            # Update: one natural-gradient step of the policy, one of the critic.
+            batch = KFACBatch(*(x.flatten(0, 1) for x in (states, actions, advantages, returns)))
+            noise = agent.draw_noise(len(batch.states))
+            agent.zero_grad()
+            losses, log_probs = gradient_of(agent, batch, args)
+            measure_curvature(agent, actor, critic, batch.states, noise, args)
+            actor_size = actor.step(args.trust_region, annealed, args)
+            critic_size = critic.step(args.critic_trust_region * losses["value_loss"], annealed, args)
+            with torch.no_grad():
+                log_ratio = agent.log_prob_and_entropy(batch.states, batch.actions)[0] - log_probs
+            losses["approx_kl"] = (log_ratio.exp() - 1 - log_ratio).mean()  # in nats, unbiased (Schulman 2020, "k3")
+            if agent.observation_statistics is not None:
+                agent.observation_statistics.update(observations.flatten(0, 1))
 
-        # Estimate advantages and returns; everything is (T, N).
-        observations, next_observations, actions, rewards, terminated, truncated = zip(*rollout)
-        observations = tensor(observations, agent.observation_dtype)
-        next_observations = tensor(next_observations, agent.observation_dtype)
-        actions, rewards = torch.stack(actions).to(device), tensor(rewards)
-        terminated, truncated = tensor(terminated, torch.bool), tensor(truncated, torch.bool)
-        if args.normalize_rewards:
-            done = terminated | truncated
-            discounted = discounted_returns(rewards, done, discounted_return, args.gamma)
-            discounted_return = discounted[-1] * ~done[-1]
-            agent.return_statistics.update(discounted.flatten())
-            rewards = agent.return_statistics.scale(rewards)
-        with torch.no_grad():
-            states = agent.encode(observations)
-            values, next_values = agent.value(states), agent.value(agent.encode(next_observations))
-        advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
-        returns = advantages + values
-
-        # Update: one natural-gradient step of the policy, one of the critic.
-        batch = KFACBatch(*(x.flatten(0, 1) for x in (states, actions, advantages, returns)))
-        update_metrics = kfac_update(agent, curvature, batch, annealed, args, measure)
-        metrics.append(torch.stack([values.mean(), explained_variance(values, returns), *update_metrics]))
-        if agent.observation_statistics is not None:
-            agent.observation_statistics.update(observations.flatten(0, 1))
-
-        # Log.
-        if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
-            *losses, size, critic_size = torch.stack(metrics).mean(0).tolist()
-            losses = dict(zip(("values", "explained_variance", *METRICS), losses))
-            run.log(losses, step_size=size, critic_step_size=critic_size)
-            metrics, logged_step = [], run.step
-        if run.step - run.saved_step >= args.checkpoint_every:
-            run.checkpoint()
-
-    envs.close()
-    return run.finish(agent)
+            explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+            metrics.append(losses | {"values": values.mean(), "explained_variance": explained})
+            if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
+                run.log(metrics, step_size=actor_size.item(), critic_step_size=critic_size.item())
+                metrics, logged_step = [], run.step
+        return run.finish(agent)
 
 
 # Plumbing: the same in every file ---------------------------------------------------------------------------
 
 ALGO = Path(__file__).stem
-FLATTEN = "Flatten it with gymnasium.wrappers.FlattenObservation"
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Stops with one line on stderr; exit code 2 where the request was wrong, 1 where the run went wrong."""
-    tqdm.write(f"{ALGO}.py: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
+    tqdm.write(f"{ALGO}.py: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, below a progress bar
     raise SystemExit(code)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
+    for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
+        stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--env-id", "--env_id", default=Args.env_id)
     early.add_argument("--resume")
     known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id, **RECOMMENDED.get(known.env_id, {})})
+    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
     if known.resume:
-        try:
-            saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
-            saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-            defaults = Args(**saved)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"--resume {known.resume}: not the directory of a run of {ALGO}.py ({error})")
+        defaults = Args(**load_checkpoint(known.resume)["args"])
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{__doc__.splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
+    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
     args = tyro.cli(Args, default=defaults, args=argv, description=description)
     if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
         fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
     return args
 
 
-def set_up(args: Args) -> tuple[int, int, torch.device]:
-    """Seeds, threads, device; meets the other processes under torchrun. Returns (rank, world size, device)."""
-    for name, value in asdict(args).items():
-        if type(value) is int and value < 1 and name != "seed":
-            fail(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if not 0 <= args.seed < 2**32:
-        fail(f"--seed {args.seed} must be from 0 to 2³² − 1")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
-    rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
-    torch.set_num_threads(args.torch_threads)
-    random.seed(args.seed)
-    np.random.seed(args.seed)  # neither is drawn from here: a checkpoint has PyTorch's state alone
-    torch.manual_seed(args.seed)
-    return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+def check_args(args: Args) -> None:
+    """Refuses a value outside the range that its type in Args names."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+            if not all(x is None or low <= x <= high for x in values):
+                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
 
 
-def average(x: Tensor) -> Tensor:
-    """Mean over the processes of torchrun; x itself where there is only one."""
-    if not dist.is_initialized():
-        return x
-    total = x.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
-
-
-def average_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of each over the processes of torchrun, in one message."""
-    flat = average(torch.cat([x.flatten() for x in tensors]))
-    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
-        torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+def load_checkpoint(folder: str, **modules) -> dict:
+    """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
+    try:
+        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=True)
+        if state["algo"] != ALGO:
+            raise ValueError(f"it is {state['algo']}.py's")
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
+        fail(f"--resume {folder}: no checkpoint of this {ALGO}.py, or of an older version of it ({error!r:.200})")
+    return state
 
 
 def make_env(args: Args, **kwargs) -> gym.Env:
-    """gymnasium.make, or one line why not."""
+    """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
     try:
-        return gym.make(args.env_id, **kwargs)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
+        env = gym.make(args.env_id, **kwargs)
+    except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
+        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
+        fail(f"--env-id {args.env_id}: {error} ({hint})")
+    plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
+    return env if plain else gym.wrappers.FlattenObservation(env)
 
 
-def check_spaces(args: Args, action_spaces: tuple[type, ...], hint: str = "") -> tuple[gym.Space, gym.Space]:
-    """The environment's observation and action space; refuses what the networks cannot take."""
-    env = make_env(args)
-    env.close()
-    if args.capture_video and "rgb_array" not in env.metadata["render_modes"]:
-        fail(f"--capture-video: {args.env_id} cannot render to images")
-    observation = ("observation", env.observation_space, (Discrete, Box), FLATTEN)
-    for kind, space, allowed, way_out in (observation, ("action", env.action_space, action_spaces, hint)):
-        if not isinstance(space, allowed) or (isinstance(space, Box) and len(space.shape) != 1):
-            names = " or ".join("a one-dimensional Box" if x is Box else x.__name__ for x in allowed)
-            message = f"{args.env_id} has the {kind} space {space}; {ALGO} needs {names}. {way_out}"
-            fail(" ".join(message.split()))
-    return env.observation_space, env.action_space
+class Envs:
+    """N environments, stepped in turn; where an episode ends, the next one begins within the same step.
 
-
-def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
-    """Environments that reset within the step that ends an episode: no step is spent on a reset."""
-
-    def make(index: int) -> gym.Env:
-        if video_dir is None or index > 0:
-            return make_env(args)
-        return gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), str(video_dir))
-
-    envs = [lambda index=index: make(index) for index in range(num_envs)]
-    envs = gym.vector.SyncVectorEnv(envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
-
-
-def step_envs(envs: gym.vector.VectorEnv, actions: Tensor) -> tuple:
-    """(observation to act on, observation reached, rewards, terminated, truncated, infos).
-
-    The two observations differ where an episode ended: it reached its final one, and the next one has begun.
-    """
-    obs, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
-    reached = obs
-    if "final_obs" in infos:
-        reached = obs.copy()
-        for i in np.flatnonzero(infos["_final_obs"]):
-            reached[i] = infos["final_obs"][i]
-    if not (np.isfinite(rewards).all() and np.isfinite(reached).all()):
-        fail("the environment gave a reward or observation that is not finite; the last checkpoint stays", code=1)
-    return obs, reached, rewards, terminated, truncated, infos
-
-
-class Run:
-    """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
-
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
-    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
+    Observations are copies (N, …): float32, bytes as they are, int64 of a Discrete space.
     """
 
-    def __init__(self, args: Args, rank: int, modules: dict):
-        self.args, self.rank, self.modules, self.signals, self.stopped = args, rank, modules, [], False
-        self.step, self.saved_step, self.seconds, self.monitor_size = 0, 0, 0.0, 0
-        self.dir = Path(args.resume) if args.resume else None
+    def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
+        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
+        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
+        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
+        self.dtype = np.int64 if index else np.uint8 if image else np.float32
+        self.episodes = []  # (environment, return, length) of those that ended in the last step
+        if len(self.observation_space.shape) == 3:
+            fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
+        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
+            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
+            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
+            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+
+    def film(self, args: Args, folder: str, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
+        self.envs[0] = gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), folder, name_prefix=name)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """First observations (N, …); environment i is seeded with seed + i."""
+        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
+
+    def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
+        """(observations to act on, observations reached, rewards, terminated, truncated), each (N, …).
+
+        The two observations differ where an episode ended: it reached its final one, and the next one has begun.
+        """
+        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
+            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
+            rewards[i] = reward = float(reward)
+            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
+            if self.lengths[i] == 1000 and getattr(env, "recording", False):
+                env.stop_recording()  # its frames are kept in memory
+        finite("reward", rewards), finite("observation", reached)
+        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
+        for i, *_ in self.episodes:
+            obs = reached.copy() if obs is reached else obs
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
+        return obs, reached, rewards, terminated, truncated
+
+    def close(self) -> None:
+        """Closes them all."""
+        for env in self.envs:
+            env.close()
+
+
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
+class Run(ExitStack):
+    """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        check_args(args)
+        self.args, self.step, self.updates, self.saved_step, self.longest_episode = args, 0, 0, 0, 0
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        if kind != "cpu" and not getattr(torch, kind).is_available():
+            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
+        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.callback(torch.set_num_threads, torch.get_num_threads())
+        self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        if args.compile:
+            self.compile_backward()
+
+        def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
+            self.stopped = True
+            signal.signal(number, signal.SIG_DFL)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
+                self.callback(signal.signal, number, signal.signal(number, stop))
+        torch.set_num_threads(args.torch_threads)
+        random.seed(args.seed), np.random.seed(args.seed)  # not drawn from here: a checkpoint has PyTorch's state alone
+        torch.manual_seed(args.seed)
+
+    def compile_backward(self) -> None:
+        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
+        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+
+    def __exit__(self, kind, error, trace) -> bool:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+
+    def start(self, envs, **modules) -> None:
+        """Makes a run directory, or opens --resume's. `modules`, with state_dicts, are what a checkpoint holds."""
+        args, self.envs, self.modules, state = self.args, envs, modules, {"seconds": 0, "monitor_size": 0}
+        self.callback(envs.close)
+        self.dir = Path(args.resume) if args.resume else self.new_dir()
+        self.monitor = self.enter_context(open(self.dir / "monitor.csv", "a", buffering=1, newline=""))
+        try:
+            getattr(os, "lockf", max)(self.monitor.fileno(), getattr(os, "F_TLOCK", 0), 0)  # Windows has no such lock
+        except OSError:
+            fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
-            self.restore()
-        elif rank == 0:
-            self.dir = self.new_dir()
-        self.start_step, self.start_time = self.step, time.time() - self.seconds
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        if rank > 0:
-            torch.manual_seed(args.seed + self.step + rank)
-            return
+            state = load_checkpoint(args.resume, **modules)
+            self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
+            self.saved_step = self.step
+            torch.set_rng_state(state["rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
+        self.start_time = time.time() - state["seconds"]
+        self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
         about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
         about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        (self.dir / "args.tmp").write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(self.dir / "args.tmp", self.dir / "args.json")
+        (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+        if args.capture_video:
+            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
-        self.monitor = open(self.dir / "monitor.csv", "a", buffering=1)
-        self.monitor.truncate(self.monitor_size)  # episodes after the checkpoint will be lived through again
-        if self.monitor_size == 0:
-            header = {"t_start": self.start_time, "env_id": args.env_id}
-            self.monitor.write(f"#{json.dumps(header)}\nr,l,t\n")
+        self.callback(self.writer.close)
+        if not args.resume:
+            self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
-        self.recent_returns = deque(maxlen=100)
+        settings = {name: value == getattr(args, name) for name, value in RECOMMENDED.get(args.env_id, {}).items()}
+        texts = {yes: [f"{x}={getattr(args, x)}" for x in settings if settings[x] is yes] for yes in (True, False)}
+        print(f"recommended settings taken: {' '.join(texts[True])}; overridden: {' '.join(texts[False])}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
+        self.callback(self.bar.close)
 
     def new_dir(self) -> Path:
         """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        name = f"{self.args.env_id.replace('/', '-')}__{ALGO}__{self.args.seed}__{int(time.time())}"
-        for n in itertools.count():
-            path = Path(self.args.output_dir) / (f"{name}_{n}" if n else name)
-            try:
-                path.mkdir(parents=True)
-                return path
-            except FileExistsError:
-                pass
-            except OSError as error:
-                fail(f"--output-dir {self.args.output_dir}: {error}")
+        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
+        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+                with suppress(FileExistsError):
+                    path.mkdir()
+                    return path
+        except OSError as error:
+            fail(f"--output-dir {self.args.output_dir}: {error}")
 
-    def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM let the iteration in progress end; a second one stops at once."""
-        self.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    def interrupted(self) -> bool:
-        """Whether this process, or another one under torchrun, was asked to stop."""
-        self.stopped = average(torch.tensor(float(len(self.signals)))).item() > 0
-        return self.stopped
+    def goes_on(self) -> bool:
+        """Whether there are steps left and nobody has asked to stop; writes a checkpoint where one is due."""
+        if self.step - self.saved_step >= self.args.checkpoint_every:
+            self.checkpoint()
+        return self.step < self.args.total_timesteps and not self.stopped
 
     def checkpoint(self) -> None:
         """Writes checkpoint.pt under another name and renames it: whenever the process dies, a whole one is there."""
-        if self.rank > 0:
-            return
-        weights = [x for module in self.modules.values() if isinstance(module, nn.Module) for x in module.parameters()]
-        if not all(x.isfinite().all() for x in weights):
+        networks = [module for module in self.modules.values() if isinstance(module, nn.Module)]
+        if not all(x.isfinite().all() for network in networks for x in network.parameters()):
             fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"step": self.step, "seconds": time.time() - self.start_time}
-        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
-        state["rng"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        torch.save(state, self.dir / "checkpoint.tmp")
-        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
+        state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
+        try:
+            torch.save(state, self.dir / "checkpoint.tmp")
+            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
+            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
         self.saved_step = self.step
 
-    def restore(self) -> None:
-        """Loads checkpoint.pt into the modules, the counters and PyTorch's random state."""
-        try:
-            state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-            for name, module in self.modules.items():
-                module.load_state_dict(state[name])
-            self.step = self.saved_step = state["step"]
-            self.seconds, self.monitor_size = state["seconds"], state["monitor_size"]
-            torch.set_rng_state(state["rng"]["torch"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this run
-            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            fail(f"--resume {self.dir}: checkpoint.pt cannot be used ({reason})")
-
-    def log_episodes(self, infos: dict) -> None:
-        """Writes the episodes that ended in this step to monitor.csv and TensorBoard."""
-        if self.rank > 0 or "episode" not in infos:
-            return
-        for i in np.flatnonzero(infos["_episode"]):
-            episode_return, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
+    def advance(self, envs) -> None:
+        """Counts a step of all environments, and writes down the episodes that it ended."""
+        self.step += envs.num_envs
+        for _, episode_return, length in envs.episodes:
+            self.longest_episode = max(self.longest_episode, length)
+            self.recent_returns.append(episode_return)
             self.monitor.write(f"{episode_return:.6f},{length},{time.time() - self.start_time:.6f}\n")
             self.writer.add_scalar("charts/episodic_return", episode_return, self.step)
             self.writer.add_scalar("charts/episodic_length", length, self.step)
-            self.recent_returns.append(episode_return)
 
-    def log(self, losses: dict[str, float], **charts: float) -> None:
-        """Writes losses/* and charts/* to TensorBoard and moves the progress bar; stops where a loss is not finite."""
-        bad = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
-        if bad:
-            fail(f"{bad} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
-        if self.rank > 0:
-            return
-        charts["SPS"] = (self.step - self.start_step) / (time.time() - self.start_time - self.seconds)
+    def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
+        """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
+        names = dict.fromkeys(itertools.chain(*metrics))
+        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
+        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
+        charts["SPS"] = self.step / (time.time() - self.start_time)
         for group, values in (("losses", losses), ("charts", charts)):
             for name, value in values.items():
                 self.writer.add_scalar(f"{group}/{name}", value, self.step)
-        if self.recent_returns:
-            self.bar.set_postfix({"return": f"{np.mean(self.recent_returns):.1f}"}, refresh=False)
+        self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
         self.bar.update(self.step - self.bar.n)
 
     def finish(self, policy: nn.Module) -> dict:
         """Last checkpoint; then, unless the run was interrupted, policy.pt2, the evaluation and the last two lines."""
         self.checkpoint()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if self.rank > 0:
-            return {}
         self.bar.close()
-        self.monitor.close()
         if self.stopped:
             print(f"stopped at step {self.step}; to go on: --resume {self.dir}", file=sys.stderr)
             raise SystemExit(130)
-        export_policy(policy, self.dir / "policy.pt2")
-        returns = evaluate(policy, self.args)
+        export_policy(policy, self.envs, self.dir / "policy.pt2")
+        limit = self.envs.time_limit or 10 * self.longest_episode or 1000
+        if self.envs.time_limit is None:
+            print(f"{self.args.env_id} has no time limit: evaluation cuts episodes after {limit} steps")
+        returns = evaluate(policy, self.args, type(self.envs), max_episode_steps=limit)
         self.writer.add_scalar("eval/episodic_return", returns.mean(), self.step)
-        self.writer.close()
         print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-        print(f"run directory: {self.dir}")
+        print(f"run directory: {self.dir}", flush=True)
         return {"run_dir": self.dir, "returns": returns}
 
 
 @torch.no_grad()
-def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
-    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment.
-
-    A policy with a memory would have to carry it on here, and in export_policy; one with dropout or BatchNorm, to be
-    switched to eval() in both.
-    """
-    envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 1_000_000)
-    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    device = next(policy.parameters()).device
-    while running.any():
-        actions = policy(torch.as_tensor(obs, dtype=policy.observation_dtype, device=device))
-        obs, _, rewards, terminated, truncated, _ = step_envs(envs, actions)
-        returns += rewards * running
-        running &= ~(terminated | truncated)
+def evaluate(policy: nn.Module, args: Args, envs_class: type = Envs, **kwargs) -> np.ndarray:
+    """Returns (eval_episodes,) of the deterministic policy; episode i is reset with seed + 1 000 000 + i."""
+    envs, training = envs_class(args, min(args.num_envs, args.eval_episodes), **kwargs), policy.training
+    returns, device = np.full(args.eval_episodes, np.nan), next(policy.parameters()).device
+    policy.eval()
+    for first in range(0, args.eval_episodes, envs.num_envs):
+        obs, playing = envs.reset(args.seed + 1_000_000 + first), returns[first : first + envs.num_envs]
+        while np.isnan(playing).any():
+            obs, *_ = envs.step(policy(torch.as_tensor(obs, device=device)))
+            for i, episode_return, _ in envs.episodes:
+                if i < len(playing) and np.isnan(playing[i]):
+                    playing[i] = episode_return
     envs.close()
+    policy.train(training)
     return returns
 
 
-def export_policy(policy: nn.Module, path: Path) -> None:
-    """Saves `policy.forward` for the CPU: `torch.export.load(path).module()(obs)`, any batch size.
-
-    The module's other weights, critics for instance, go into the file as well.
-    """
-    policy = copy.deepcopy(policy).cpu()
-    example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
-    program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
+def export_policy(policy: nn.Module, envs, path: Path) -> None:
+    """Saves `policy.forward` (and all its weights): `torch.export.load(path).module()(obs)`, any batch size."""
+    example = torch.as_tensor(np.stack([envs.observation_space.sample()] * 2).astype(envs.dtype))
+    policy, shapes = copy.deepcopy(policy).cpu().eval(), ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=shapes), path)
 
 
 if __name__ == "__main__":

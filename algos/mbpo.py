@@ -1,7 +1,6 @@
 """MBPO: model-based policy optimisation (Janner et al. 2019, arXiv 1906.08253): SAC on what a learned model imagines.
 
-Every `--model-frequency` steps in the environment, an ensemble of probabilistic networks learns from all of them what
-a step does (algorithm 2),
+Every --model-frequency environment steps, an ensemble of networks learns from all of them what a step does (alg. 2),
 
     p_θᵢ(s', r | s, a) = N(μ_i(s, a), diag σ_i²(s, a))      of the change s' − s and of r, i = 1 … M
     L(θ) = Σ_i E[−log p_θᵢ(s', r | s, a)]                    each member on its own bootstrap of the data
@@ -10,39 +9,27 @@ then rolls it out for k steps from states that were really visited,
 
     s_0 ~ D_env,  a_t ~ π_φ(·|s_t),  s_{t+1}, r_t ~ p_θᵢ(·|s_t, a_t), i anew from the elites;  all of it goes to D_model
 
-and after every step in the environment takes many gradient steps of soft actor-critic (sac.py) on minibatches that are
-real in small part. Details that matter, and why:
+and after each environment step takes many gradient steps of soft actor-critic (sac.py) on minibatches, real in part.
 - Short rollouts that branch off real states: a model's error compounds with the steps that it is followed for
-  (theorem 4.3). `--rollout-lengths` lets k grow as the model gets better; with k = 1 this is Dyna.
-- The ensemble is what keeps the policy from exploiting a model where it is wrong by chance: the members disagree there.
-- Early stopping on a held-out part of the data; the members that predict it best are the elites.
-- Inputs and outputs are standardised; log σ² is kept between two learned bounds, softly, so that it cannot run away.
-- Imagined episodes end where the environment's would: by its own rule, for the environments in TERMINATION, or by what
-  the ensemble learns of it. No rollout goes on past an end.
-- D_model holds what the last `--model-buffer-age` steps' models have imagined: older rollouts are of older policies.
-  It is of one size for that many full rollouts, so that where they end early older ones stay.
-- Where data are few, an epoch is a few gradient steps: `--model-batch-size` and `--patience` must let the model learn
-  all the same, or the policy learns in a world that is wrong. Where nothing in an environment is chaotic, as in
-  Pendulum-v1, long rollouts show the policy what has not been visited yet.
+  (theorem 4.3). --rollout-lengths lets k grow as the model gets better; with k = 1 this is Dyna.
+- The ensemble keeps the policy from exploiting a model where it is wrong by chance: the members disagree there.
+- Early stopping on held-out data; the members that predict it best are the elites.
+- Inputs and outputs are standardised; log σ² is kept softly between two learned bounds, so that it cannot run away.
+- Imagined episodes end by the environment's own rule (TERMINATION), or by what the ensemble learns of it.
+- D_model holds as many full rollouts as the last --model-buffer-age steps begin: older ones are of older policies.
+- Where data are few, --model-batch-size and --patience must let the model learn all the same.
 
-`--value-expansion H` uses the model otherwise: the minibatches are real, and the critics' targets are rewards of H
-imagined steps and the value after them, for the real step and for each imagined one (MVE, arXiv 1803.00101).
-`--real-ratio` then has no use; without value expansion `--real-ratio 1` leaves the model out: SAC.
+--value-expansion H uses the model otherwise: the minibatches are real, and the critics' targets are rewards of H
+imagined steps and the value after them (MVE, arXiv 1803.00101). Else --real-ratio 1 leaves the model out: that is
+sac.py, bit for bit (tests/test_mbpo.py), which agrees with Stable-Baselines3's (SB3 has no MBPO).
 
-Against Stable-Baselines3, which has no MBPO: with real data alone this is sac.py, bit for bit (tests/test_mbpo.py),
-whose parameters agree with SB3's to 1e-5 (tests/test_sac.py).
-
-    python algos/mbpo.py                                     # Pendulum-v1: solved (−175) after 300 to 800 steps, where
-                                                             # sac.py needs 2800 to 3800; benchmarks/README.md
+    python algos/mbpo.py              # Pendulum-v1: solved in 300 to 800 steps, by sac.py in 2800 to 3800
     python algos/mbpo.py --env-id HalfCheetah-v5 --compile
-    python algos/mbpo.py --value-expansion 3
-    torchrun --nproc-per-node 2 algos/mbpo.py                # data parallel: each process has its own environments,
-                                                             # buffers and bootstraps, but after --resume
-                                                             # all begin with rank 0's buffers
 """
 
 import argparse
 import copy
+import errno
 import functools
 import hashlib
 import itertools
@@ -51,19 +38,21 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import deque, namedtuple
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
@@ -71,125 +60,83 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+Count = Annotated[int, (1, math.inf, "at least 1")]
+Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
+Fraction = Annotated[float, (0, 1, "from 0 to 1")]
+Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
+NotNegative = Annotated[float, (0, sys.float_info.max, "0 or more")]
+AtLeast10 = Annotated[int, (10, math.inf, "at least 10: the model learns from them")]
+
 
 @dataclass
 class Args:
     # run
-    seed: int = 1
-    """seed of everything random; same seed, same machine and thread count: same bits on CPU"""
-    total_timesteps: int = 5_000
-    """environment steps, over all environments and processes"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks and the buffers live; auto takes CUDA when there is one"""
-    torch_threads: int = 1
-    """CPU threads for PyTorch; two are faster than one for layers of 256, if there are cores to spare"""
-    compile: bool = False
-    """compile the gradients with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of float32 products, see torch.set_float32_matmul_precision: below highest a GPU may round to TF32, with medium a
-    CPU to bfloat16; medium also takes oneDNN's in place of MKL's: benchmarks/README.md has where that is faster"""
-    output_dir: str = "runs"
-    """folder that run directories are made in"""
-    resume: str | None = None
-    """run directory to go on in, with its own arguments; only --total-timesteps may be changed, schedules go by it"""
-    checkpoint_every: int = 5_000
-    """environment steps between checkpoints, which hold the model and both buffers too"""
-    eval_episodes: int = 10
-    """episodes of the final evaluation, with the deterministic policy"""
-    capture_video: bool = False
-    """record episodes 0, 1, 8, 27, 64 … of the first environment to the run directory's videos/"""
+    seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
+    total_timesteps: Count = 5_000  # environment steps
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where networks and buffers live; auto prefers CUDA
+    torch_threads: Count = 1  # CPU threads for PyTorch; for layers of 256 two are faster, if there are cores to spare
+    compile: bool = False  # torch.compile: pays in runs of several minutes; on a GPU gradients become CUDA graphs, too
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products; lower may round
+    output_dir: str = "runs"  # folder that run directories are made in
+    resume: str | None = None  # run directory to go on in, with its own flags; --total-timesteps alone may be changed
+    checkpoint_every: Count = 5_000  # environment steps between checkpoints, which hold the model and both buffers too
+    eval_episodes: Count = 10  # episodes of the final evaluation, with the deterministic policy
+    capture_video: bool = False  # record episodes 0, 1, 8, 27, 64 … of the first environment to the run's videos/
 
     # environment
-    env_id: str = "Pendulum-v1"
-    """gymnasium environment; its recommended settings, where there are some, become the defaults"""
-    num_envs: int = 1
-    """parallel environments N (per process)"""
+    env_id: str = "Pendulum-v1"  # gymnasium environment; its recommended settings, if any, become the defaults
+    num_envs: Count = 1  # parallel environments N
 
     # model
-    ensemble_size: int = 7
-    """members M of the ensemble"""
-    num_elites: int = 5
-    """members that imagine: those that predict the held-out data best"""
-    model_hidden_sizes: tuple[int, ...] = (200, 200, 200, 200)
-    """SiLU layers of each member"""
-    model_learning_rate: float = 1e-3
-    """Adam's step size for the ensemble"""
-    model_weight_decay: float = 5e-5
-    """weight of ½ Σ w² in the ensemble's loss"""
-    model_batch_size: int = 256
-    """transitions per gradient step of each member (per process)"""
-    model_frequency: int = 250
-    """environment steps between two trainings of the ensemble, each on all data so far"""
-    holdout: float = 0.2
-    """share of the data that is held out of a training, at most 5000 transitions"""
-    patience: int = 5
-    """a training ends when no member has become 1 % better on the held-out data for so many epochs"""
-    model_epochs: int = 100
-    """epochs after which a training ends in any case"""
-    rollouts_per_step: int = 400
-    """imagined rollouts per environment step, all begun after a training of the ensemble (per process)"""
-    rollout_lengths: tuple[int, int, int, int] = (1, 1, 0, 1)
-    """steps of a rollout: k₁ k₂ t₁ t₂ for a length that grows from k₁ at environment step t₁ to k₂ at t₂"""
-    model_buffer_age: int = 1_000
-    """environment steps after which an imagined transition is forgotten; later where rollouts end early"""
-    real_ratio: float = 0.05
-    """share of real transitions in a minibatch, without value expansion; 1 makes no use of the model"""
-    value_expansion: int | None = None
-    """H imagined steps in the targets of real minibatches, instead of imagined minibatches"""
+    ensemble_size: Count = 7  # members M of the ensemble
+    num_elites: Count = 5  # members that imagine: those that predict the held-out data best
+    model_hidden_sizes: tuple[Count, ...] = (200, 200, 200, 200)  # SiLU layers of each member
+    model_learning_rate: Positive = 1e-3  # Adam's step size for the ensemble
+    model_weight_decay: NotNegative = 5e-5  # weight of ½ Σ w² in the ensemble's loss
+    model_batch_size: Count = 256  # transitions per gradient step of each member
+    model_frequency: Count = 250  # environment steps between two trainings of the ensemble, each on all data so far
+    holdout: Fraction = 0.2  # share of the data that is held out of a training, at most 5000 transitions
+    patience: Count = 5  # a training ends when no member became 1 % better on held-out data for so many epochs
+    model_epochs: Count = 100  # epochs after which a training ends in any case
+    rollouts_per_step: Count = 400  # imagined rollouts per environment step, all begun after a training of the ensemble
+    rollout_lengths: tuple[int, int, int, int] = (1, 1, 0, 1)  # k₁ k₂ t₁ t₂: from k₁ steps at step t₁ to k₂ at t₂
+    model_buffer_age: Count = 1_000  # environment steps after which imagined data go; later where rollouts end early
+    real_ratio: Fraction = 0.05  # share of real transitions in a minibatch; 1 makes no use of the model
+    value_expansion: Count | None = None  # H imagined steps in the targets, on real minibatches alone
 
     # policy
-    buffer_size: int = 1_000_000
-    """real transitions that the replay buffer holds (per process)"""
-    learning_starts: int = 250
-    """environment steps with random actions before the first training and update"""
-    batch_size: int = 256
-    """transitions per gradient step (per process)"""
-    gradient_steps: int = 20
-    """gradient steps per step of every environment"""
-    learning_rate: float = 3e-4
-    """Adam's step size, for policy, critics and temperature"""
-    gamma: float = 0.99
-    """discount γ"""
-    tau: float = 0.005
-    """share τ of the trained networks in an update of the target critics"""
-    num_critics: int = 2
-    """critics M"""
-    critic_subset: int = 2
-    """critics drawn for each target, which takes their minimum; if fewer than M, the policy climbs the mean of all M"""
-    policy_delay: int = 1
-    """gradient steps of the critics per step of the policy and of the temperature"""
-    alpha: float = 1.0
-    """temperature α: weight of the entropy; with --autotune, the first one"""
-    autotune: bool = True
-    """learn α so that the policy's entropy is --target-entropy"""
-    target_entropy: float | None = None
-    """entropy H̄ in nats of actions in [−1, 1]^A, at most A log 2, for --autotune; None: −A"""
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    """ReLU layers of the policy and of each critic"""
+    buffer_size: Count = 1_000_000  # real transitions that the replay buffer holds
+    learning_starts: AtLeast10 = 250  # environment steps with random actions before the first training and update
+    batch_size: Count = 256  # transitions per gradient step
+    gradient_steps: Count = 20  # gradient steps per step of every environment
+    learning_rate: Positive = 3e-4  # Adam's step size, for policy, critics and temperature
+    gamma: Fraction = 0.99  # discount γ
+    tau: Fraction = 0.005  # share τ of the trained networks in an update of the target critics
+    num_critics: Count = 2  # critics M
+    critic_subset: Count = 2  # critics drawn for each target; if fewer than M, the policy climbs the mean of all M
+    policy_delay: Count = 1  # gradient steps of the critics per step of the policy and of the temperature
+    alpha: Positive = 1.0  # temperature α: weight of the entropy; with --autotune, the first one
+    autotune: bool = True  # learn α so that the policy's entropy is --target-entropy
+    target_entropy: float | None = None  # entropy H̄ in nats of actions in [−1, 1]^A, at most A log 2; None: −A
+    hidden_sizes: tuple[Count, ...] = (256, 256)  # ReLU layers of the policy and of each critic
 
 
 # fmt: off
 MUJOCO = dict(learning_starts=1_000)
-RECOMMENDED = {
+RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit flag wins
     "Pendulum-v1": dict(
         total_timesteps=3_000, learning_starts=200, learning_rate=1e-3, tau=0.02, hidden_sizes=(128, 128),
         model_hidden_sizes=(128, 128, 128), model_batch_size=32, patience=10, model_frequency=50, model_buffer_age=100,
-        rollouts_per_step=40, rollout_lengths=(30, 30, 0, 1),
-    ),
+        rollouts_per_step=40, rollout_lengths=(30, 30, 0, 1)),
     "HalfCheetah-v5": MUJOCO | dict(total_timesteps=400_000, gradient_steps=10),
     "Hopper-v5": MUJOCO | dict(
-        total_timesteps=125_000, checkpoint_every=50_000, rollout_lengths=(1, 15, 20_000, 100_000),
-    ),
+        total_timesteps=125_000, checkpoint_every=50_000, rollout_lengths=(1, 15, 20_000, 100_000)),
     "Walker2d-v5": MUJOCO | dict(total_timesteps=300_000),
-    "Ant-v5": MUJOCO | dict(
-        total_timesteps=300_000, checkpoint_every=50_000, rollout_lengths=(1, 25, 20_000, 100_000),
-    ),
+    "Ant-v5": MUJOCO | dict(total_timesteps=300_000, checkpoint_every=50_000, rollout_lengths=(1, 25, 20_000, 100_000)),
     "Humanoid-v5": MUJOCO | dict(
-        total_timesteps=300_000, checkpoint_every=50_000, rollout_lengths=(1, 25, 20_000, 300_000),
-    ),
+        total_timesteps=300_000, checkpoint_every=50_000, rollout_lengths=(1, 25, 20_000, 300_000)),
 }
 # fmt: on
-"""Settings by environment id: `--env-id` alone takes them, an explicit flag wins."""
 
 
 # Networks ---------------------------------------------------------------------------------------------------
@@ -198,16 +145,73 @@ RECOMMENDED = {
 def relu_mlp(sizes: list[int]) -> nn.Sequential:
     """ReLU layers of the given sizes, the last one linear; PyTorch's own initialisation."""
     layers = []
-    for inputs, outputs in itertools.pairwise(sizes):
+    for inputs, outputs in itertools.pairwise(sizes[:-1]):
         layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
-def storage_dtype(space: gym.Space) -> torch.dtype:
-    """What a replay buffer keeps of a space: uint8 as it is, an index as int64, other numbers as float32."""
-    if isinstance(space, Discrete):
-        return torch.int64
-    return torch.uint8 if space.dtype == np.uint8 else torch.float32
+class ToBox(nn.Module):
+    """Actions (…, A) → what a Box takes: within its bounds, rounded where it holds integers, in its dtype."""
+
+    def __init__(self, space: Box):
+        super().__init__()
+        self.dtype, exact = torch.as_tensor(space.low).dtype, np.float32 if space.dtype == np.float32 else np.float64
+        self.register_buffer("bounds", torch.as_tensor(np.stack([space.low, space.high]).astype(exact)))
+
+    def forward(self, actions: Tensor) -> Tensor:
+        """(…, A), of any float type."""
+        actions = actions.clamp(*self.bounds)
+        return (actions if self.dtype.is_floating_point else actions.round()).to(self.dtype)
+
+
+class Critics(nn.ModuleList):
+    """Q_1 … Q_M: states (B, D) and actions (B, A) in [−1, 1] → values (M, B)."""
+
+    def __init__(self, members: int, inputs: int, hidden_sizes: tuple[int, ...]):
+        super().__init__(relu_mlp([inputs, *hidden_sizes, 1]) for _ in range(members))
+
+    def forward(self, states: Tensor, actions: Tensor) -> Tensor:
+        """Of each critic for each pair."""
+        x = torch.cat([states, actions], -1)
+        return torch.stack([critic(x) for critic in self]).squeeze(-1)
+
+
+class SoftActorCritics(nn.Module):
+    """Policy π(a|s) on [−1, 1]^A, critics Q_i(s, a) and temperature α. `forward` is the policy without noise.
+
+    Observations are (…, D) of a Box, (…,) int64 of a Discrete space; states s (…, D) are what `encode` makes of them.
+    Actions (…, A) are in [−1, 1], which `to_env` scales to the space's bounds.
+    """
+
+    def __init__(self, observation_space, action_space, hidden_sizes, num_critics, alpha=1.0):
+        super().__init__()
+        self.observation_space, self.one_hot = observation_space, isinstance(observation_space, Discrete)
+        inputs = int(observation_space.n) if self.one_hot else observation_space.shape[0]
+        self.action_size = action_space.shape[0]
+        self.actor = relu_mlp([inputs, *hidden_sizes, 2 * self.action_size])
+        self.critics = Critics(num_critics, inputs + self.action_size, hidden_sizes)
+        self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
+        self.to_box = ToBox(action_space)
+
+    def policy(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of u, each (…, A); an action is tanh u."""
+        mean, log_std = self.actor(states).chunk(2, -1)
+        return mean, log_std.clamp(-20, 2)
+
+    def encode(self, obs: Tensor) -> Tensor:
+        """Observations → states: one-hot for a Discrete space."""
+        if self.one_hot:
+            obs = F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n))
+        return obs.float()
+
+    def to_env(self, actions: Tensor) -> Tensor:
+        """[−1, 1] → the space's bounds, linearly in each dimension."""
+        low, high = self.to_box.bounds
+        return self.to_box(low + (actions + 1) / 2 * (high - low))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """The action of the Gaussian's mean."""
+        return self.to_env(self.policy(self.encode(obs))[0].tanh())
 
 
 class EnsembleLinear(nn.Module):
@@ -219,116 +223,59 @@ class EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor, members: slice | Tensor | None) -> Tensor:
-        """x (K or 1, B, in) → (K, B, out), by the K members asked for, or by all; an index that takes all would copy
-        the weights' gradients."""
-        weight, bias = (x if members is None else x[members] for x in (self.weight, self.bias))
-        return torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
-
-
-class CriticEnsemble(nn.Module):
-    """Q_1 … Q_M(s, a): states (B, D) and actions (B, A) in [−1, 1] → values (M, B).
-
-    What a fork puts between the layers, such as a norm, needs weights (M, 1, H) that are indexed by `members` as
-    EnsembleLinear's are: those of nn.LayerNorm would be one set for all critics, without an error.
-    """
-
-    def __init__(self, members: int, inputs: int, hidden_sizes):
-        super().__init__()
-        sizes = itertools.pairwise([inputs, *hidden_sizes, 1])
-        self.layers = nn.ModuleList(EnsembleLinear(members, *inputs_outputs) for inputs_outputs in sizes)
-
-    def forward(self, states: Tensor, actions: Tensor, members: slice | Tensor | None = None) -> Tensor:
-        """Values (K, B) of the K members asked for, of all by default."""
-        x = torch.cat([states, actions], -1).unsqueeze(0)
-        for layer in self.layers[:-1]:
-            x = layer(x, members).relu_()
-        return self.layers[-1](x, members).squeeze(-1)
-
-
-class SoftActorCritics(nn.Module):
-    """Policy π(a|s) on [−1, 1]^A, critics Q_i(s, a) and temperature α. `forward` is the policy without noise.
-
-    Observations are (…, D) float32 or uint8 for a Box, (…,) int64 for a Discrete space, and states s (…, D) what
-    `encode` makes of them. Actions (…, A) are in [−1, 1], which `to_env` scales to the space's bounds.
-    """
-
-    def __init__(self, observation_space, action_space, hidden_sizes, num_critics, alpha=1.0):
-        super().__init__()
-        self.observation_space, self.action_space = observation_space, action_space
-        self.observation_dtype = storage_dtype(observation_space)
-        self.one_hot = isinstance(observation_space, Discrete)
-        inputs = int(observation_space.n) if self.one_hot else observation_space.shape[0]
-        self.action_size = action_space.shape[0]
-        self.actor = relu_mlp([inputs, *hidden_sizes, 2 * self.action_size])
-        self.critics = CriticEnsemble(num_critics, inputs + self.action_size, hidden_sizes)
-        self.temperature = nn.ParameterDict({"log_alpha": torch.tensor(alpha).log()})  # a module, for vector_adam
-        self.register_buffer("low", torch.as_tensor(action_space.low))
-        self.register_buffer("high", torch.as_tensor(action_space.high))
-
-    @property
-    def alpha(self) -> Tensor:
-        """The temperature, as a constant."""
-        return self.temperature["log_alpha"].detach().exp()
-
-    def sample(self, states: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """a ~ π(·|s) in [−1, 1] and its log-probability, (…, A) and (…,), from standard Gaussian noise (…, A)."""
-        mean, log_std = self.actor(states).chunk(2, -1)
-        return squashed_gaussian(mean, log_std.clamp(-20, 2), noise)
-
-    def encode(self, obs: Tensor) -> Tensor:
-        """Observations → states: one-hot for a Discrete space."""
-        if self.one_hot:
-            obs = F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n))
-        return obs.float()
-
-    def to_env(self, actions: Tensor) -> Tensor:
-        """[−1, 1] → the space's bounds, linearly in each dimension."""
-        return (self.low + (actions + 1) / 2 * (self.high - self.low)).clamp(self.low, self.high)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """The action of the Gaussian's mean."""
-        return self.to_env(self.actor(self.encode(obs)).chunk(2, -1)[0].tanh())
+    def forward(self, x: Tensor) -> Tensor:
+        """x (M or 1, B, in) → (M, B, out)."""
+        return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
 
 
 class DynamicsEnsemble(nn.Module):
     """p_θᵢ(s', r | s, a), i = 1 … M: the standardised change of the state and the reward, (D + 1,) numbers, Gaussian.
 
-    Where the environment's own rule of termination is not known, each member gives a logit for it as well.
+    Where the environment's own rule of termination is not known, each member gives a logit for it as well. What is put
+    into `network` has to keep members apart: it has no weights, or (M, …, …).
     """
 
     def __init__(self, members: int, num_elites: int, state_size: int, action_size: int, hidden_sizes, termination):
         super().__init__()
-        self.outputs, self.termination = state_size + 1, termination
-        sizes = [state_size + action_size, *hidden_sizes, 2 * self.outputs + (termination is None)]
-        self.layers = nn.ModuleList(EnsembleLinear(members, *pair) for pair in itertools.pairwise(sizes))
+        self.members, self.outputs, self.termination = members, state_size + 1, termination
+        sizes, layers = [state_size + action_size, *hidden_sizes, 2 * self.outputs + (termination is None)], []
+        for inputs, outputs in itertools.pairwise(sizes):
+            layers += [EnsembleLinear(members, inputs, outputs), nn.SiLU()]
+        self.network = nn.Sequential(*layers[:-1])
+        self.member_weights()
         self.log_variance_bounds = nn.Parameter(torch.tensor([-10.0, 0.5])[:, None].repeat(1, self.outputs))
         self.register_buffer("elites", torch.arange(num_elites))
+        self.register_buffer("learned_at", torch.zeros((), dtype=torch.int64))  # environment step of the last training
         for name, size in (("input", sizes[0]), ("output", self.outputs)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
 
-    def standardise(self, data: "Transitions") -> None:
-        """Takes the moments of the data for those that inputs and outputs are standardised with."""
-        for name, x in zip(("input", "output"), unstandardised(data)):
-            x = x.double()  # E[x²] − E[x]² loses digits
-            mean, square = average(torch.stack([x.mean(0), x.square().mean(0)]))
-            std = (square - mean.square()).clamp(min=0).sqrt()
-            getattr(self, f"{name}_mean").copy_(mean)
+    def member_weights(self) -> dict[str, Tensor]:
+        """The network's weights by name, first dimension M; refuses those that members would share."""
+        weights = dict(itertools.chain(self.network.named_parameters(), self.network.named_buffers()))
+        for name, x in weights.items():
+            if x.dim() < 3 or len(x) != self.members:
+                needed = f"each needs its own, in a tensor ({self.members}, …, …) like EnsembleLinear's"
+                raise TypeError(f"DynamicsEnsemble: all members would share {name} {tuple(x.shape)}; {needed}")
+        return weights
+
+    def standardise(self, **data: Tensor) -> None:
+        """Takes the moments of input= (B, D + A) and output= (B, D + 1) for those that they are standardised with."""
+        for name, x in data.items():
+            std = x.double().std(0, correction=0)
+            getattr(self, f"{name}_mean").copy_(x.double().mean(0))
             getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, 1.0, std))  # a constant tells nothing
 
-    def inputs_of(self, states: Tensor, actions: Tensor) -> Tensor:
-        """Standardised (s, a), (…, D + A)."""
-        return (torch.cat([states, actions], -1) - self.input_mean) / self.input_std
-
     def forward(self, inputs: Tensor, members: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Standardised inputs (M or 1, B, D + A) → mean and log σ² (M, B, D + 1), and (M, B, 0 or 1) logits."""
-        x = inputs
-        for layer in self.layers[:-1]:
-            x = F.silu(layer(x, members))
-        mean, log_variance, logits = self.layers[-1](x, members).split(
-            [self.outputs, self.outputs, 1 if self.termination is None else 0], -1
-        )
+        """(s, a) (K or 1, B, D + A) → mean and log σ² (K, B, D + 1), standardised, and (K, B, 0 or 1) logits.
+
+        Of the K members asked for, or of all.
+        """
+        inputs, weights = (inputs - self.input_mean) / self.input_std, {}
+        if members is not None:
+            weights = {name: x[members] for name, x in self.member_weights().items()}
+        outputs = torch.func.functional_call(self.network, weights, inputs)
+        mean, log_variance, logits = outputs.tensor_split([self.outputs, 2 * self.outputs], -1)
         low, high = self.log_variance_bounds
         log_variance = high - F.softplus(high - log_variance)
         return mean, low + F.softplus(log_variance - low), logits
@@ -341,7 +288,7 @@ class DynamicsEnsemble(nn.Module):
         count, members = len(states), len(self.elites)
         order = torch.randperm(count, device=states.device)
         rows = order[torch.arange(-(-count // members) * members, device=states.device) % count]
-        inputs = self.inputs_of(states, actions)[rows].unflatten(0, (members, -1))
+        inputs = torch.cat([states, actions], -1)[rows].unflatten(0, (members, -1))
         mean, log_variance, logits = self(inputs, self.elites)
         outputs = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
         outcomes = torch.cat([outputs * self.output_std + self.output_mean, logits], -1)
@@ -353,27 +300,16 @@ class DynamicsEnsemble(nn.Module):
 
     def predict(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """The elites' mean next state (B, D), and their disagreement (B,): how far apart they are, in output σs."""
-        means, _, _ = self(self.inputs_of(states, actions).unsqueeze(0), self.elites)
+        means, _, _ = self(torch.cat([states, actions], -1).unsqueeze(0), self.elites)
         change = means.mean(0) * self.output_std + self.output_mean
         return states + change[:, :-1], means.std(0).mean(-1)
 
 
 # Replay -----------------------------------------------------------------------------------------------------
 
-
-class Transitions(NamedTuple):
-    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to.
-
-    A one-step target needs `terminated` alone. An n-step target must not go on past `truncated` either, nor past the
-    newest rows of a buffer: n_step_transitions of dqn.py.
-    """
-
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    next_observations: Tensor
-    terminated: Tensor
-    truncated: Tensor
+# Steps of an environment, first dimension B; each next observation is the one that its step truly led to. A one-step
+# target needs `terminated` alone; one of several steps must not go on past `truncated` either (see dqn.py).
+Transitions = namedtuple("Transitions", "observations actions rewards next_observations terminated truncated")
 
 
 class ReplayBuffer:
@@ -386,17 +322,15 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
         self.capacity, self.num_envs, self.position, self.size = capacity // num_envs * num_envs, num_envs, 0, 0
-        observation = observation_space.shape, storage_dtype(observation_space)
+        index, image = isinstance(observation_space, Discrete), observation_space.dtype == np.uint8
+        observation = observation_space.shape, torch.int64 if index else torch.uint8 if image else torch.float32
         action = action_space.shape, torch.int64 if isinstance(action_space, Discrete) else torch.float32
-        flag = (), torch.bool
-        layout = Transitions(observation, action, ((), torch.float32), observation, flag, flag)
-        needed = sum(self.capacity * int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
+        layout = Transitions(observation, action, ((), torch.float32), observation, ((), torch.bool), ((), torch.bool))
+        needed = sum(self.capacity * math.prod(shape) * dtype.itemsize for shape, dtype in layout)
         if self.capacity == 0:
             fail(f"--buffer-size {capacity} must be at least --num-envs {num_envs}")
         if needed > (free := free_memory(device)):
-            fail(
-                f"--buffer-size {capacity} needs {needed:,} bytes, and {device} has {free:,} free: choose a smaller one"
-            )
+            fail(f"--buffer-size {capacity} needs {needed:,} bytes, {device} has {free:,} free: choose a smaller one")
         self.data = Transitions(*(torch.zeros(self.capacity, *shape, dtype=x, device=device) for shape, x in layout))
 
     def add(self, *transitions) -> None:
@@ -419,14 +353,10 @@ class ReplayBuffer:
         return Transitions(*(stored.index_select(0, rows) for stored in self.data))
 
     def state_dict(self) -> dict:
-        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones.
-
-        What else a fork keeps has to be added here and below, as tensors or plain values: a checkpoint holds no more.
-        """
-        full = self.size == self.capacity
-        state = {name: x if full else x[: self.size].clone() for name, x in self.data._asdict().items()}
+        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""
+        state = {name: x[: self.size].clone() for name, x in self.data._asdict().items()}
         newest = (self.position - 1 - torch.arange(min(self.num_envs, self.size))) % self.capacity
-        state["truncated"] = state["truncated"].index_put((newest,), ~state["terminated"][newest])
+        state["truncated"][newest] = ~state["terminated"][newest]
         return state | {"position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
@@ -439,16 +369,11 @@ class ReplayBuffer:
 class ModelBuffer(ReplayBuffer):
     """The newest imagined transitions; `add` takes any number of them."""
 
-    def __init__(self, args: Args, observation_space, action_space, device: torch.device):
-        capacity = args.rollouts_per_step * args.model_buffer_age * max(args.rollout_lengths[:2])
-        if args.real_ratio == 1 or args.value_expansion:
-            capacity = 1  # no minibatch will ask
-        numbers = 2 * observation_space.shape[0] + action_space.shape[0] + 1
-        if (needed := capacity * (4 * numbers + 2)) > (free := free_memory(device)):
-            fail(
-                f"--rollouts-per-step, --model-buffer-age and --rollout-lengths ask for {capacity:,} transitions, "
-                f"{needed:,} bytes, and {device} has {free:,} free: lower one of them"
-            )
+    def __init__(self, capacity: int, observation_space, action_space, device: torch.device):
+        needed = capacity * (4 * (2 * observation_space.shape[0] + action_space.shape[0] + 1) + 2)
+        if needed > (free := free_memory(device)):
+            flags = "--rollouts-per-step, --model-buffer-age and --rollout-lengths"
+            fail(f"{flags} ask for {capacity:,} transitions, {needed:,} bytes; {device} has {free:,} free: lower one")
         super().__init__(capacity, 1, observation_space, action_space, device)
 
     def limit(self, capacity: int) -> None:
@@ -465,7 +390,7 @@ class ModelBuffer(ReplayBuffer):
         self.position = (self.position + count) % self.capacity
 
     def state_dict(self) -> dict:
-        """All rows, their limit, and where the next ones go."""
+        """All rows, where the next ones go, and how many it holds."""
         state = {name: x[: self.size].clone() for name, x in self.data._asdict().items()}
         return state | {"position": self.position, "capacity": self.capacity}
 
@@ -475,14 +400,13 @@ class ModelBuffer(ReplayBuffer):
         self.capacity = state["capacity"]
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on `device`, by CUDA or Linux (a container's limit aside); else all that there is."""
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be had on `device`, where CUDA or Linux tells (a container's limit aside)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
+    with suppress(OSError, TypeError):
         return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
 
 
 # The model --------------------------------------------------------------------------------------------------
@@ -493,115 +417,87 @@ def never(next_states: Tensor) -> Tensor:
     return torch.zeros(len(next_states), dtype=torch.bool, device=next_states.device)
 
 
-def hopper_falls(next_states: Tensor) -> Tensor:
-    """Height, angle or any other coordinate out of its healthy range."""
-    height, angle, others = next_states[:, 0], next_states[:, 1], next_states[:, 1:]
-    return ~((height > 0.7) & (angle.abs() < 0.2) & (others.abs() < 100).all(-1))
-
-
-def double_pendulum_falls(next_states: Tensor) -> Tensor:
-    """The tip of two poles of 0.6 is not above 1."""
-    sin_1, sin_2, cos_1, cos_2 = next_states[:, 1:5].unbind(-1)
-    return 0.6 * (cos_1 + cos_1 * cos_2 - sin_1 * sin_2) <= 1
-
-
-def walker_falls(next_states: Tensor) -> Tensor:
-    """Height or angle out of their healthy range."""
-    height, angle = next_states[:, 0], next_states[:, 1]
-    return ~((0.8 < height) & (height < 2) & (angle.abs() < 1))
-
-
+# Whether states (B, D) that a step has led to are terminal (B,): gymnasium's, where gym.make is given no options.
 TERMINATION: dict[str, Callable[[Tensor], Tensor]] = {
     **dict.fromkeys(("Pendulum-v1", "HalfCheetah-v5", "Swimmer-v5", "Reacher-v5", "Pusher-v5"), never),
     "InvertedPendulum-v5": lambda x: ~((x[:, 1].abs() <= 0.2) & x.isfinite().all(-1)),
-    "InvertedDoublePendulum-v5": double_pendulum_falls,
-    "Hopper-v5": hopper_falls,
-    "Walker2d-v5": walker_falls,
+    "InvertedDoublePendulum-v5": lambda x: 0.6 * (x[:, 3] + x[:, 3] * x[:, 4] - x[:, 1] * x[:, 2]) <= 1,  # the tip
+    "Hopper-v5": lambda x: ~((x[:, 0] > 0.7) & (x[:, 1].abs() < 0.2) & (x[:, 1:].abs() < 100).all(-1)),
+    "Walker2d-v5": lambda x: ~((0.8 < x[:, 0]) & (x[:, 0] < 2) & (x[:, 1].abs() < 1)),
     "Ant-v5": lambda x: ~((0.2 <= x[:, 0]) & (x[:, 0] <= 1) & x.isfinite().all(-1)),
     "Humanoid-v5": lambda x: ~((1 < x[:, 0]) & (x[:, 0] < 2)),
 }
-"""Whether states (B, D) that a step has led to are terminal (B,): gymnasium's, where gym.make is given no options."""
 
 
-def unstandardised(data: Transitions) -> tuple[Tensor, Tensor]:
-    """Inputs (s, a) and outputs (s' − s, r) of the model, (B, D + A) and (B, D + 1)."""
-    states, next_states = data.observations.float(), data.next_observations.float()
-    return torch.cat([states, data.actions], -1), torch.cat([next_states - states, data.rewards[:, None]], -1)
+def model_errors(model: nn.Module, inputs: Tensor, outputs: Tensor, terminated: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each member (M,): −log p_θᵢ in nats, and the mean square error of μ_i in variances of the outputs.
 
-
-def gaussian_nll(mean: Tensor, log_variance: Tensor, x: Tensor) -> Tensor:
-    """−log N(x; mean, diag σ²), summed over the last dimension."""
-    return 0.5 * ((x - mean).square() * (-log_variance).exp() + log_variance + math.log(2 * math.pi)).sum(-1)
-
-
-def termination_loss(logits: Tensor, terminated: Tensor) -> Tensor:
-    """−log p(terminated), mean over each member's minibatch (M,); logits (M, B, 1), terminated (M, B) 0 or 1."""
-    return F.binary_cross_entropy_with_logits(logits.squeeze(-1), terminated, reduction="none").mean(1)
-
-
-def model_loss(model: DynamicsEnsemble, inputs: Tensor, outputs: Tensor, terminated: Tensor, decay: float) -> Tensor:
-    """Σ_i of each member's negative log-likelihood on its own minibatch, (M, B, …) standardised, and weight decay.
-
-    The bounds of log σ² are drawn together a little, to the variances that the data have (arXiv 1805.12114, appendix
-    A.1).
+    Inputs (M or 1, B, D + A), standardised outputs (M or 1, B, D + 1), `terminated` (M or 1, B) 0 or 1: where the model
+    learns it, its −log p is added to both.
     """
     mean, log_variance, logits = model(inputs)
-    loss = gaussian_nll(mean, log_variance, outputs).mean(1).sum()
+    square = (outputs - mean).square()
+    nll = 0.5 * (square * (-log_variance).exp() + log_variance + math.log(2 * math.pi)).sum(-1).mean(1)
+    surprise = 0.0
     if model.termination is None:
-        loss += termination_loss(logits, terminated).sum()
-    low, high = model.log_variance_bounds
-    weights = sum(layer.weight.square().sum() for layer in model.layers)
-    return loss + 0.01 * (high - low).sum() + 0.5 * decay * weights
+        terminated = terminated.expand(logits.shape[:-1])
+        surprise = F.binary_cross_entropy_with_logits(logits.squeeze(-1), terminated, reduction="none").mean(1)
+    return nll + surprise, square.mean((1, 2)) + surprise
 
 
-def model_gradient(model, inputs: Tensor, outputs: Tensor, terminated: Tensor, decay: float) -> Tensor:
-    """∇L(θ) of `model_loss`, one vector."""
-    return gradient_vector(model_loss(model, inputs, outputs, terminated, decay), model)
+def model_gradient(model, inputs: Tensor, outputs: Tensor, terminated: Tensor, args: Args) -> dict[str, Tensor]:
+    """Leaves ∇L(θ) in .grad, each member's on its own minibatch (M, B, …), as in `model_errors`; returns what to log.
 
-
-def learn_model(model, optimizer, data: Transitions, args: Args, gradient_of=model_gradient) -> dict[str, float]:
-    """Trains every member on a bootstrap of `data` until it no longer gets better on the held-out part.
-
-    Better by the square of its error, which a few surprises do not blow up as they do the likelihood; where it learns
-    terminations, with their loss. Each member keeps the weights with which it was best, and the best members become
-    the elites. Returns means over members, on the held-out part: the negative log-likelihood in nats, the square error
-    in σ² of the outputs (where terminations are learned, with their loss in nats), and the epochs.
+    The bounds of log σ² are drawn together a little, to the variances that data have (arXiv 1805.12114, appendix A.1).
     """
-    model.standardise(data)
-    inputs, outputs = unstandardised(data)
-    inputs, outputs = (inputs - model.input_mean) / model.input_std, (outputs - model.output_mean) / model.output_std
-    terminated, members = data.terminated.float(), args.ensemble_size
-    order = torch.randperm(len(inputs), device=inputs.device)
+    nll, _ = model_errors(model, inputs, outputs, terminated)
+    low, high = model.log_variance_bounds
+    weights = sum(x.square().sum() for name, x in model.network.named_parameters() if name.endswith("weight"))
+    loss = nll.sum() + 0.01 * (high - low).sum() + 0.5 * args.model_weight_decay * weights
+    loss.backward()
+    return {"model_loss": loss.detach()}
+
+
+def learn_model(model, optimizer, data: Transitions, args: Args, gradient_of=model_gradient) -> dict[str, Tensor]:
+    """Trains every member on a bootstrap of `data` until none gets better on the held-out part; returns what to log.
+
+    Better by the square of its error, which a few surprises do not blow up as they do the likelihood. Each member keeps
+    the weights with which it was best, and the best members become the elites.
+    """
+    inputs = torch.cat([data.observations, data.actions], -1)
+    outputs = torch.cat([data.next_observations - data.observations, data.rewards[:, None]], -1)
+    model.standardise(input=inputs, output=outputs)
+    outputs, terminated = (outputs - model.output_mean) / model.output_std, data.terminated.float()
+    order, weights = torch.randperm(len(inputs), device=inputs.device), model.member_weights()
     held_out, rest = order.split([(count := max(1, min(int(args.holdout * len(order)), 5_000))), len(order) - count])
-    bootstrap = rest[torch.randint(len(rest), (members, len(rest)), device=rest.device)]
+    bootstrap = rest[torch.randint(len(rest), (args.ensemble_size, len(rest)), device=rest.device)]
 
     @torch.no_grad()
     def errors() -> tuple[Tensor, Tensor]:
-        mean, log_variance, logits = model(inputs[held_out].unsqueeze(0))
-        nll = gaussian_nll(mean, log_variance, outputs[held_out]).mean(-1)
-        error = (mean - outputs[held_out]).square().mean((1, 2))
-        if model.termination is None:
-            error += termination_loss(logits, terminated[held_out].expand(members, -1))
-        return average(error), average(nll)
+        model.eval()
+        return model_errors(model, *(x[held_out].unsqueeze(0) for x in (inputs, outputs, terminated)))
 
-    best, best_nll = errors()
-    best_weights = copy.deepcopy(list(model.layers.parameters()))
-    epochs = waited = 0
+    best_nll, best = errors()
+    best_weights = {name: x.detach().clone() for name, x in weights.items()}
+    losses, epochs, waited = [], 0, 0
     while waited < args.patience and epochs < args.model_epochs:
+        model.train()
         shuffled = bootstrap.gather(1, torch.rand_like(bootstrap, dtype=torch.float32).argsort(1))
         for rows in shuffled.split(args.model_batch_size, 1):
-            gradient = gradient_of(model, inputs[rows], outputs[rows], terminated[rows], args.model_weight_decay)
-            adam_step(optimizer, gradient)
-        error, nll = errors()
+            optimizer.zero_grad()
+            losses.append(gradient_of(model, inputs[rows], outputs[rows], terminated[rows], args)["model_loss"])
+            optimizer.step()
+        nll, error = errors()
         better = error < 0.99 * best
-        for kept, now in zip(best_weights, model.layers.parameters()):
-            kept.data[better] = now.data[better]
         best, best_nll = torch.where(better, error, best), torch.where(better, nll, best_nll)
+        for name, x in weights.items():
+            best_weights[name][better] = x.detach()[better]
         epochs, waited = epochs + 1, 0 if better.any() else waited + 1
-    for kept, now in zip(best_weights, model.layers.parameters()):
-        now.data.copy_(kept.data)
+    for name, x in weights.items():
+        x.detach().copy_(best_weights[name])
     model.elites.copy_(best.argsort()[: args.num_elites])
-    return {"model_nll": best_nll.mean().item(), "model_error": best.mean().item(), "model_epochs": float(epochs)}
+    held_out = dict(model_nll=best_nll.mean(), model_error=best.mean())
+    return held_out | dict(model_loss=torch.stack(losses).mean(), model_epochs=torch.tensor(float(epochs)))
 
 
 @torch.no_grad()
@@ -610,53 +506,37 @@ def branched_rollouts(model, agent, states: Tensor, length: int) -> Iterator[Tra
     for _ in range(length):
         if len(states) == 0:
             return
-        actions, _ = agent.sample(states, torch.randn(len(states), agent.action_size, device=states.device))
+        noise = torch.randn(len(states), agent.action_size, device=states.device)
+        actions, _ = squashed_gaussian(*agent.policy(states), noise)
         next_states, rewards, terminated = model.step(states, actions)
         yield Transitions(states, actions, rewards, next_states, terminated, torch.zeros_like(terminated))
         states = next_states[~terminated]
 
 
-def rollout_length(schedule: tuple[int, int, int, int], step: int) -> int:
-    """k at an environment step: from k₁ at t₁ to k₂ at t₂ linearly, rounded down, and constant outside."""
-    k_1, k_2, t_1, t_2 = schedule
-    return int(np.interp(step, (t_1, t_2), (k_1, k_2)))
-
-
 @torch.no_grad()
-def prediction_errors(model, buffer: ReplayBuffer, newest: int, horizon: int) -> list[float]:
-    """Root mean squared error after 1 … `horizon` real actions, in standard deviations of the state.
-
-    On the `newest` steps of every environment, which the model has not learned from yet; windows that cross an
-    episode's end do not count.
-    """
-    n, data, errors = buffer.num_envs, buffer.data, []
-    count = (newest - horizon + 1) * n
-    starts = (buffer.position - newest * n + torch.arange(max(count, 0), device=data.rewards.device)) % buffer.capacity
-    states, within = data.observations[starts].float(), torch.ones_like(starts, dtype=torch.bool)
-    for step in range(horizon):
-        rows = (starts + step * n) % buffer.capacity
-        states, _ = model.predict(states, data.actions[rows])
-        error = ((states - data.next_observations[rows]) / model.input_std[: states.shape[-1]]).square().mean(-1)
-        errors.append(error[within].mean().sqrt().item())
-        within &= ~(data.terminated[rows] | data.truncated[rows])
-    return errors
-
-
 def model_diagnostics(model, buffer: ReplayBuffer, newest: int) -> dict[str, float]:
     """Charts of how well the model knows the `newest` steps of every environment, which it has yet to learn from.
 
-    `disagreement` is what it can tell of its error by itself; numbers that no window within an episode gives are left
-    out.
+    Root mean squared errors after 1 and after 5 real actions, in deviations of the state, where so many follow within
+    an episode; and the elites' disagreement, which is what the model can tell of its error by itself.
     """
-    errors = prediction_errors(model, buffer, newest, ERROR_HORIZON)
-    rows = buffer.position - 1 - torch.arange(newest * buffer.num_envs, device=buffer.data.rewards.device)
-    data = buffer.get(rows % buffer.capacity)
-    _, disagreement = model.predict(data.observations, data.actions)
-    charts = {"one_step_error": errors[0], "k_step_error": errors[-1], "disagreement": disagreement.mean().item()}
-    return {name: x for name, x in charts.items() if np.isfinite(x)}
+    data, charts = buffer.data, {}
+    age = torch.arange(newest * buffer.num_envs, 0, -1, device=data.rewards.device)  # rows before the next one
+    states, within = data.observations[(buffer.position - age) % buffer.capacity], age > 0
+    for step in range(1, 6):
+        rows = (buffer.position - age) % buffer.capacity
+        states, disagreement = model.predict(states, data.actions[rows])
+        error = ((states - data.next_observations[rows]) / model.input_std[: states.shape[-1]]).square().mean(-1)
+        if step == 1:
+            charts["disagreement"] = disagreement.mean().item()
+        if step in (1, 5) and within.any():
+            charts[f"{step}_step_error"] = error[within].mean().sqrt().item()
+        age = age - buffer.num_envs
+        within = within & (age > 0) & ~(data.terminated[rows] | data.truncated[rows])
+    return charts
 
 
-# Soft actor-critic -------------------------------------------------------------------------------------------
+# Soft actor-critic ------------------------------------------------------------------------------------------
 
 
 def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -675,51 +555,61 @@ def soft_q_target(rewards, terminated, next_q: Tensor, next_log_probs, alpha: Te
     return rewards + gamma * (next_q.min(0).values - alpha * next_log_probs) * ~terminated
 
 
-def sac_critic_loss(agent, target, batch: Transitions, noise: Tensor, members, args: Args) -> tuple[Tensor, Tensor]:
-    """L(θ) on a minibatch, and the mean of Q_i(s, a) over critics and minibatch; noise (B, A) is that of a'.
+def sac_critic_gradient(agent, target, batch: tuple, noise: Tensor, members: Tensor | None, args: Args) -> dict:
+    """Leaves ∇L(θ) of a minibatch in the critics' .grad, and returns what to log; noise (B, A) is that of a'.
 
-    The target takes the minimum over those of the target critics that `members` picks.
+    The target takes the minimum over those of the target critics that `members` picks, or over all.
     """
     with torch.no_grad():
         next_states = agent.encode(batch.next_observations)
-        next_actions, next_log_probs = agent.sample(next_states, noise)
-        next_q = target(next_states, next_actions, members)
-        targets = soft_q_target(batch.rewards, batch.terminated, next_q, next_log_probs, agent.alpha, args.gamma)
+        next_actions, next_log_probs = squashed_gaussian(*agent.policy(next_states), noise)
+        next_q = target(next_states, next_actions)
+        next_q = next_q if members is None else next_q[members]
+        alpha = agent.log_alpha.exp()
+        targets = soft_q_target(batch.rewards, batch.terminated, next_q, next_log_probs, alpha, args.gamma)
     q_values = agent.critics(agent.encode(batch.observations), batch.actions)
-    return 0.5 * (q_values - targets).square().mean(1).sum(), q_values.mean()
+    loss = 0.5 * (q_values - targets).square().mean(1).sum()
+    loss.backward()
+    return {"critic_loss": loss.detach(), "q_values": q_values.detach().mean()}
 
 
-def sac_actor_loss(agent, states: Tensor, noise: Tensor, alpha: Tensor, use_mean: bool) -> tuple[Tensor, Tensor]:
-    """−J(φ) on states (B, D), and log π(ã|s) (B,); judged by the critics' minimum, or by their mean."""
-    actions, log_probs = agent.sample(states, noise)
+def sac_actor_gradient(agent, batch: tuple, noise: Tensor, args: Args) -> dict[str, Tensor]:
+    """Leaves −∇J(φ) of a minibatch in the actor's .grad and, with --autotune, ∇L(α) in log α's; returns what to log.
+
+    L(α) is eq. 18 of arXiv 1812.05905 with log α for α: descending it lowers α where the entropy is above H̄.
+    """
+    states, alpha = agent.encode(batch.observations), agent.log_alpha.detach().exp()
+    actions, log_probs = squashed_gaussian(*agent.policy(states), noise)
     q_values = agent.critics(states, actions)
-    q_values = q_values.mean(0) if use_mean else q_values.min(0).values
-    return (alpha * log_probs - q_values).mean(), log_probs
+    q_values = q_values.mean(0) if args.critic_subset < args.num_critics else q_values.min(0).values
+    loss = (alpha * log_probs - q_values).mean()
+    loss.backward(inputs=[p for p in agent.actor.parameters() if p.requires_grad])  # the critics only judge
+    entropy = -log_probs.detach().mean()
+    if args.autotune:
+        target_entropy = -agent.action_size if args.target_entropy is None else args.target_entropy
+        (agent.log_alpha * (entropy - target_entropy)).backward()
+    return {"actor_loss": loss.detach(), "entropy": entropy, "alpha": alpha}
 
 
-def temperature_loss(log_alpha: Tensor, log_probs: Tensor, target_entropy: float) -> Tensor:
-    """L(α): descending it lowers α where the entropy is above its target (arXiv 1812.05905, eq. 18; log α for α)."""
-    return -log_alpha * (log_probs.detach().mean() + target_entropy)
+def value_expansion_gradient(model, agent, target, batch: tuple, noise: Tensor, members, args: Args) -> dict:
+    """As sac_critic_gradient, with targets of H imagined steps; noise (H + 1, B, A) is that of the actions after a.
 
-
-def value_expansion_loss(model, agent, target, batch: Transitions, noise, members, args) -> tuple[Tensor, Tensor]:
-    """The critics' loss with targets of H imagined steps, and their mean value of the real actions.
-
-    The noise (H + 1, B, A) is that of the policy after the real step.
     v_H = min_i Q_θ⁻ᵢ(ŝ_H, â_H) − α log π(â_H|ŝ_H);   y_t = r̂_t + γ v_{t+1} and v_t = y_t − α log π(â_t|ŝ_t) for t < H.
     y_t is the target of Q(ŝ_t, â_t) and r + γ v_0 that of Q(s, a), of which the former sees states that the model leads
     to (the TD-k trick of arXiv 1803.00101); ŝ_0 is the real s'. After a termination nothing follows.
     """
-    alpha = agent.alpha
     with torch.no_grad():
-        steps, states, alive = [], agent.encode(batch.next_observations), ~batch.terminated
+        alpha, steps = agent.log_alpha.exp(), []
+        states, alive = agent.encode(batch.next_observations), ~batch.terminated
         for noise_t in noise[:-1]:
-            actions, log_probs = agent.sample(states, noise_t)
+            actions, log_probs = squashed_gaussian(*agent.policy(states), noise_t)
             next_states, rewards, terminated = model.step(states, actions)
             steps.append((states, actions, log_probs, rewards, alive))
             states, alive = next_states, alive & ~terminated
-        actions, log_probs = agent.sample(states, noise[-1])
-        values = (target(states, actions, members).min(0).values - alpha * log_probs) * alive
+        actions, log_probs = squashed_gaussian(*agent.policy(states), noise[-1])
+        next_q = target(states, actions)
+        next_q = next_q if members is None else next_q[members]
+        values = (next_q.min(0).values - alpha * log_probs) * alive
         targets = []
         for _, _, log_probs, rewards, alive in reversed(steps):
             targets.insert(0, rewards + args.gamma * values)
@@ -730,549 +620,485 @@ def value_expansion_loss(model, agent, target, batch: Transitions, noise, member
         actions = torch.cat([batch.actions, *(actions for _, actions, *_ in steps)])
     q_values = agent.critics(states, actions)
     loss = 0.5 * ((q_values - targets).square() * weights).sum(1).sum() / weights.sum()
-    return loss, q_values[:, : len(batch.rewards)].mean()
-
-
-CRITIC_METRICS = ("critic_loss", "q_values")
-ACTOR_METRICS = ("actor_loss", "entropy", "alpha")
-
-
-def sac_critic_gradient(agent, target, batch: Transitions, noise, members, args: Args) -> tuple[Tensor, Tensor]:
-    """∇L(θ) on a minibatch, and CRITIC_METRICS (2,)."""
-    loss, q_values = sac_critic_loss(agent, target, batch, noise, members, args)
-    return gradient_vector(loss, agent.critics), torch.stack([loss, q_values]).detach()
-
-
-def value_expansion_gradient(model, agent, target, batch, noise, members, args: Args) -> tuple[Tensor, Tensor]:
-    """As sac_critic_gradient, of `value_expansion_loss`."""
-    loss, q_values = value_expansion_loss(model, agent, target, batch, noise, members, args)
-    return gradient_vector(loss, agent.critics), torch.stack([loss, q_values]).detach()
-
-
-def sac_actor_gradient(agent, batch: Transitions, noise: Tensor, args: Args) -> tuple[Tensor, Tensor | None, Tensor]:
-    """−∇J(φ) on a minibatch, the temperature's gradient (1,) with --autotune, and ACTOR_METRICS (3,)."""
-    alpha = agent.alpha
-    states = agent.encode(batch.observations)
-    loss, log_probs = sac_actor_loss(agent, states, noise, alpha, use_mean=args.critic_subset < args.num_critics)
-    alpha_gradient = None
-    if args.autotune:
-        # To change it in the course of training, hand it over as a tensor: a number would be compiled in.
-        target_entropy = -agent.action_size if args.target_entropy is None else args.target_entropy
-        alpha_loss = temperature_loss(agent.temperature["log_alpha"], log_probs, target_entropy)
-        alpha_gradient = gradient_vector(alpha_loss, agent.temperature)
-    return gradient_vector(loss, agent.actor), alpha_gradient, torch.stack([loss, -log_probs.mean(), alpha]).detach()
-
-
-def sac_critic_update(
-    agent, target, optimizer, batch, noise, members, args: Args, gradient_of=sac_critic_gradient
-) -> Tensor:
-    """One gradient step of the critics, which their targets follow. Returns CRITIC_METRICS (2,) before it."""
-    gradient, metrics = gradient_of(agent, target, batch, noise, members, args)
-    adam_step(optimizer, gradient)
-    polyak_update(target, agent.critics, args.tau)
-    return metrics
-
-
-def sac_actor_update(
-    agent, actor_optimizer, alpha_optimizer, batch, noise, args: Args, gradients_of=sac_actor_gradient
-) -> Tensor:
-    """One gradient step of the policy and, with --autotune, of α. Returns ACTOR_METRICS (3,) before it."""
-    gradient, alpha_gradient, metrics = gradients_of(agent, batch, noise, args)
-    adam_step(actor_optimizer, gradient)
-    if args.autotune:
-        adam_step(alpha_optimizer, alpha_gradient)
-    return metrics
-
-
-def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam on all parameters of `module` as one vector (P,), of which they become views: a step is a few operations.
-
-    Gradients reach the vector through `gradient_vector` and the function below it alone: after `loss.backward()` the
-    optimiser's step moves nothing, and clipping the parameters' gradients clips nothing. The module has to be complete
-    and on its device before; a parameter that is replaced or moved later is trained no more, without an error.
-    """
-    parameters = list(module.parameters())
-    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    nn.utils.vector_to_parameters(vector.data, parameters)
-    return torch.optim.Adam([vector], learning_rate, fused=True)
-
-
-def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
-    """∇loss with respect to all parameters of `module`, each of which has to take part in it, as one vector (P,): its
-    mean over the processes."""
-    gradients = torch.autograd.grad(loss, list(module.parameters()))
-    return average(torch.cat([x.flatten() for x in gradients]))
-
-
-def adam_step(optimizer: torch.optim.Adam, gradient: Tensor) -> None:
-    """One step of a `vector_adam`, down this gradient (P,): the kernel of `optimizer.step()`, and its state, by hand.
-
-    The same bits, without what PyTorch does around the kernel for optimisers of many parameters. Weight decay, amsgrad
-    and hooks are left out: for them, or for another optimiser, set the vector's .grad and call `optimizer.step()`.
-    """
-    group = optimizer.param_groups[0]
-    vector, (beta1, beta2) = group["params"][0], group["betas"]
-    state = optimizer.state[vector]
-    if not state:
-        state["step"] = torch.zeros((), device=vector.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(vector.data), torch.zeros_like(vector.data)
-    steps = state["step"].add_(1)
-    torch._fused_adam_(
-        [vector.data],
-        [gradient],
-        [state["exp_avg"]],
-        [state["exp_avg_sq"]],
-        [],
-        [steps],
-        lr=group["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        eps=group["eps"],
-        weight_decay=0,
-        amsgrad=False,
-        maximize=False,
-    )
+    loss.backward()
+    return {"critic_loss": loss.detach(), "q_values": q_values[:, : len(batch.rewards)].detach().mean()}
 
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter; buffers, such as BatchNorm's, do not follow."""
+    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter; buffers, such as BatchNorm's statistics, are copied."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+    for old, new in zip(target.buffers(), online.buffers()):
+        old.copy_(new)
+
+
+class FlatAdam(torch.optim.Adam):
+    """torch.optim.Adam on all parameters as one vector, of which they become views: the same numbers, a tenth faster.
+
+    Gradients stay ordinary tensors, which `step` gathers. What it cannot do right it refuses.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, **settings):
+        self.parameters = list(params)
+        kinds = {(p.dtype, p.device) if isinstance(p, Tensor) else None for p in self.parameters}
+        if len(kinds) > 1 or None in kinds:
+            raise TypeError("FlatAdam takes parameters of one group, type and device: take torch.optim.Adam instead")
+        vector = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
+        for p, view in zip(self.parameters, vector.data.split([p.numel() for p in self.parameters])):
+            p.data = view.view_as(p)
+        self.pointers = [p.data_ptr() for p in self.parameters]
+        super().__init__([vector], lr, fused=True, **settings)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the parameters' gradients."""
+        super().zero_grad()  # of groups that were added
+        for p in self.parameters:
+            p.grad = None
+
+    def step(self, closure: None = None) -> None:
+        """One step down the parameters' .grad."""
+        if closure or any(p.grad is None or p.data_ptr() != x for p, x in zip(self.parameters, self.pointers)):
+            raise RuntimeError("FlatAdam: a parameter has no gradient, or new memory: take torch.optim.Adam instead")
+        group, vector = self.param_groups[0], self.param_groups[0]["params"][0]
+        vector.grad = torch.cat([p.grad.detach().flatten() for p in self.parameters])
+        group["capturable"] = vector.is_cuda and torch.cuda.is_current_stream_capturing()  # in a CUDA graph
+        super().step()
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """torch.compile, the backward pass in the function included; on CUDA as CUDA graphs, whose results are copied."""
+    graphs = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+    return lambda *inputs: {name: x.clone() for name, x in graphs(*inputs).items()}
 
 
 # Training ---------------------------------------------------------------------------------------------------
 
-LOG_EVERY = 250
-"""Environment steps between two points of losses/*, which are means over the updates since the last one; losses/model_*
-are of the last training."""
-ERROR_HORIZON = 5
-"""Steps k of charts/k_step_error."""
+
+def check_off_policy(args: Args, action_space: gym.Space) -> None:
+    """Refuses a run that never learns, and actions whose bounds nothing in [−1, 1] can be scaled to."""
+    if args.learning_starts >= args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} must be below --total-timesteps {args.total_timesteps}")
+    width = action_space.high.astype(np.float64) - action_space.low
+    if not (width < (np.finfo(np.float32).max if action_space.dtype.kind == "f" else 2**53)).all():
+        fail(f"{args.env_id} has the actions {action_space}, too wide to be scaled to; ppo.py takes them")
 
 
 def check_model_arguments(args: Args, observation_space: gym.Space) -> None:
     """Refuses what the flags' types allow and the algorithm does not."""
+    k_1, k_2, t_1, t_2 = args.rollout_lengths
     if not isinstance(observation_space, Box) or observation_space.dtype.kind != "f":
-        fail(f"{args.env_id} has the observation space {observation_space}; mbpo predicts real numbers. Use sac.py.")
+        fail(f"{args.env_id} has the observations {observation_space}; mbpo predicts real numbers. Use sac.py")
     if args.critic_subset > args.num_critics:
         fail(f"--critic-subset {args.critic_subset} must be at most --num-critics {args.num_critics}")
-    if args.alpha <= 0:
-        fail(f"--alpha {args.alpha} must be positive")
     if args.num_elites > args.ensemble_size:
         fail(f"--num-elites {args.num_elites} must be at most --ensemble-size {args.ensemble_size}")
-    if not 0 <= args.real_ratio <= 1:
-        fail(f"--real-ratio {args.real_ratio} must be from 0 to 1")
-    if not 0 < args.holdout < 1:
+    if args.holdout in (0, 1):
         fail(f"--holdout {args.holdout} must be between 0 and 1")
-    if args.learning_starts < 10:
-        fail(f"--learning-starts {args.learning_starts} must be at least 10: the model learns from them")
-    k_1, k_2, t_1, t_2 = args.rollout_lengths
     if min(k_1, k_2) < 1 or t_1 >= t_2:
         fail(f"--rollout-lengths {k_1} {k_2} {t_1} {t_2}: k₁ and k₂ must be at least 1, and t₁ before t₂")
+    if args.env_id not in TERMINATION:
+        tqdm.write(f"{ALGO}.py: how episodes of {args.env_id} end is not known here: the model learns it", sys.stderr)
 
 
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
-    rank, world_size, device = set_up(args)
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    spaces = check_spaces(args, (Box,), "For Discrete actions use dqn.py.")
-    check_bounds(args, spaces[1])
-    check_model_arguments(args, spaces[0])
-    if args.env_id not in TERMINATION and rank == 0:
-        print(f"{ALGO}.py: how episodes of {args.env_id} end is not known here: the model learns it", file=sys.stderr)
-    agent = SoftActorCritics(*spaces, args.hidden_sizes, args.num_critics, args.alpha).to(device)
-    target = copy.deepcopy(agent.critics).requires_grad_(False)
-    sizes = spaces[0].shape[0], agent.action_size, args.model_hidden_sizes
-    model = DynamicsEnsemble(args.ensemble_size, args.num_elites, *sizes, TERMINATION.get(args.env_id)).to(device)
-    model_optimizer = vector_adam(model, args.model_learning_rate)
-    actor_optimizer, critic_optimizer, alpha_optimizer = (
-        vector_adam(x, args.learning_rate) for x in (agent.actor, agent.critics, agent.temperature)
-    )
-    gradients = sac_critic_gradient, sac_actor_gradient, model_gradient
-    if args.value_expansion:
-        gradients = functools.partial(value_expansion_gradient, model), *gradients[1:]
-    critic_gradient, actor_gradient, gradient_of_model = (compiled(x, device) if args.compile else x for x in gradients)
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
-    imagined = ModelBuffer(args, *spaces, device)
-    counter = nn.Module()  # a module, so that a checkpoint holds it
-    for name in ("updates", "modelled_at"):
-        counter.register_buffer(name, torch.zeros((), dtype=torch.int64))
-    modules = {"agent": agent, "target": target, "model": model, "buffer": buffer, "imagined": imagined}
-    modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer, "counter": counter}
-    run = Run(args, rank, modules | {"alpha_optimizer": alpha_optimizer, "model_optimizer": model_optimizer})
-    envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
+    with Run(args) as run:
+        torch.set_float32_matmul_precision(args.matmul_precision)
+        envs = Envs(args, args.num_envs, (Box,))
+        spaces = envs.observation_space, envs.action_space
+        check_off_policy(args, envs.action_space)
+        check_model_arguments(args, envs.observation_space)
+        agent = SoftActorCritics(*spaces, args.hidden_sizes, args.num_critics, args.alpha).to(run.device)
+        target = copy.deepcopy(agent.critics).requires_grad_(False).eval()
+        sizes = spaces[0].shape[0], agent.action_size, args.model_hidden_sizes
+        model = DynamicsEnsemble(args.ensemble_size, args.num_elites, *sizes, TERMINATION.get(args.env_id))
+        model_optimizer = FlatAdam(model.to(run.device).eval().parameters(), args.model_learning_rate)
+        critic_optimizer = FlatAdam(agent.critics.parameters(), args.learning_rate)
+        actor_optimizer = FlatAdam(agent.actor.parameters(), args.learning_rate)
+        alpha_optimizer = FlatAdam([agent.log_alpha], args.learning_rate)
+        gradients = [sac_critic_gradient, sac_actor_gradient, model_gradient]
+        if args.value_expansion:
+            gradients[0] = functools.partial(value_expansion_gradient, model)
+        if args.compile:
+            run.enter_context(torch._inductor.config.patch(fallback_random=True))  # draws as if not compiled
+            gradients = [compiled(x, run.device) for x in gradients]
+        critic_gradient, actor_gradient, gradient_of_model = gradients
+        real_rows = args.batch_size if args.value_expansion else round(args.real_ratio * args.batch_size)
+        imagines, kept = real_rows < args.batch_size, args.rollouts_per_step * args.model_buffer_age
+        buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, run.device)
+        imagined = ModelBuffer(kept * max(args.rollout_lengths[:2]) if imagines else 1, *spaces, run.device)
+        modules = dict(agent=agent, target=target, model=model, buffer=buffer, imagined=imagined)
+        modules |= dict(model_optimizer=model_optimizer, critic_optimizer=critic_optimizer)
+        modules |= dict(actor_optimizer=actor_optimizer, alpha_optimizer=alpha_optimizer)
+        run.start(envs, **modules)  # all that a checkpoint holds
 
-    obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
-    real_rows = args.batch_size if args.value_expansion else round(args.real_ratio * args.batch_size)
-    critic_metrics, actor_metrics, model_metrics, charts = [], [], {}, {}
-    logged_step, model_seconds, started = run.step, 0.0, time.perf_counter()
-    while run.step < args.total_timesteps and not run.interrupted():
-        # Take a step in every environment.
-        if run.step < args.learning_starts:
-            actions = 2 * torch.rand(args.num_envs, agent.action_size, device=device) - 1
-        else:
-            noise = torch.randn(args.num_envs, agent.action_size, device=device)
-            with torch.no_grad():
-                states = agent.encode(torch.as_tensor(obs, dtype=agent.observation_dtype, device=device))
-                actions, _ = agent.sample(states, noise)
-        acted_on = obs
-        obs, next_obs, rewards, terminated, truncated, infos = step_envs(envs, agent.to_env(actions))
-        buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated)
-        run.step += args.num_envs * world_size
-        run.log_episodes(infos)
+        obs, metrics, charts, logged_step = envs.reset(args.seed + run.step), [], {}, run.step
+        while run.goes_on():
+            # Take a step in every environment.
+            if run.step < args.learning_starts:
+                actions = 2 * torch.rand(args.num_envs, agent.action_size, device=run.device) - 1
+            else:
+                noise = torch.randn(args.num_envs, agent.action_size, device=run.device)
+                with torch.no_grad():
+                    states = agent.encode(torch.as_tensor(obs, device=run.device))
+                    actions, _ = squashed_gaussian(*agent.policy(states), noise)
+            acted_on = obs
+            obs, next_obs, rewards, terminated, truncated = envs.step(agent.to_env(actions))
+            buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated)
+            run.advance(envs)
 
-        # Learn the model from all steps so far, and follow it for a few more.
-        is_learned, new_steps = counter.modelled_at.item() > 0, run.step - counter.modelled_at.item()
-        is_due = run.step >= args.learning_starts and (not is_learned or new_steps >= args.model_frequency)
-        if is_due and (args.value_expansion or real_rows < args.batch_size):
-            began = time.perf_counter()
-            if is_learned:
-                charts |= model_diagnostics(model, buffer, min(new_steps // world_size, buffer.size) // args.num_envs)
-            data = Transitions(*(x[: buffer.size] for x in buffer.data))
-            model_metrics = learn_model(model, model_optimizer, data, args, gradient_of_model)
-            length = rollout_length(args.rollout_lengths, run.step)
-            if not args.value_expansion:
-                imagined.limit(args.rollouts_per_step * args.model_buffer_age * length)
-                starts = data.observations[buffer.draw_rows(args.rollouts_per_step * args.model_frequency)]
-                for transitions in branched_rollouts(model, agent, starts, length):
+            # Learn the model from all steps so far, and follow it for a few more.
+            learned_at = model.learned_at.item()
+            is_due = run.step >= (learned_at + args.model_frequency if learned_at else args.learning_starts)
+            if is_due and (imagines or args.value_expansion):
+                if learned_at:
+                    new_steps = min(run.step - learned_at, buffer.size) // args.num_envs
+                    charts |= model_diagnostics(model, buffer, new_steps)
+                data = Transitions(*(x[: buffer.size] for x in buffer.data))
+                metrics.append(learn_model(model, model_optimizer, data, args, gradient_of_model))
+                model.learned_at.fill_(run.step)
+            if is_due and imagines:
+                k_1, k_2, t_1, t_2 = args.rollout_lengths
+                charts["rollout_length"] = length = int(np.interp(run.step, (t_1, t_2), (k_1, k_2)))
+                imagined.limit(kept * length)
+                starts = buffer.draw_rows(args.rollouts_per_step * args.model_frequency)
+                for transitions in branched_rollouts(model, agent, data.observations[starts], length):
                     imagined.add(*transitions)
-            counter.modelled_at.fill_(run.step)
-            model_seconds += time.perf_counter() - began
-            charts |= {"rollout_length": length, "model_share": model_seconds / (time.perf_counter() - started)}
 
-        # Update on minibatches of what has been lived through and of what has been imagined.
-        if run.step > args.learning_starts:
-            for _ in range(args.gradient_steps):
-                batch = buffer.get(buffer.draw_rows(real_rows))
-                if real_rows < args.batch_size:
+            # Update on minibatches of what has been lived through and of what has been imagined.
+            for _ in range(args.gradient_steps if run.step > args.learning_starts else 0):
+                batch, members = buffer.get(buffer.draw_rows(real_rows)), None
+                if imagines:
                     others = imagined.get(imagined.draw_rows(args.batch_size - real_rows))
                     batch = Transitions(*map(torch.cat, zip(batch, others)))
-                members = None
                 if args.critic_subset < args.num_critics:
-                    members = torch.randperm(args.num_critics, device=device)[: args.critic_subset]
-                noise = torch.randn_like(batch.actions)
-                if args.value_expansion:
-                    noise = torch.randn(args.value_expansion + 1, *batch.actions.shape, device=device)
-                metrics = sac_critic_update(
-                    agent, target, critic_optimizer, batch, noise, members, args, critic_gradient
-                )
-                critic_metrics.append(metrics.clone())
-                counter.updates += 1
-                if counter.updates % args.policy_delay == 0:
-                    noise = torch.randn_like(batch.actions)
-                    metrics = sac_actor_update(
-                        agent, actor_optimizer, alpha_optimizer, batch, noise, args, actor_gradient
-                    )
-                    actor_metrics.append(metrics.clone())
+                    members = torch.randperm(args.num_critics, device=run.device)[: args.critic_subset]
+                steps = (args.value_expansion + 1,) if args.value_expansion else ()
+                noise = torch.randn(*steps, *batch.actions.shape, device=run.device)
+                critic_optimizer.zero_grad()
+                metrics.append(critic_gradient(agent, target, batch, noise, members, args))
+                critic_optimizer.step()
+                polyak_update(target, agent.critics, args.tau)
+                run.updates += 1
+                if run.updates % args.policy_delay == 0:
+                    actor_optimizer.zero_grad()
+                    alpha_optimizer.zero_grad()
+                    metrics.append(actor_gradient(agent, batch, torch.randn_like(batch.actions), args))
+                    actor_optimizer.step()
+                    if args.autotune:
+                        alpha_optimizer.step()
 
-        # Log.
-        if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
-            losses = dict(model_metrics)
-            for names, metrics in ((CRITIC_METRICS, critic_metrics), (ACTOR_METRICS, actor_metrics)):
-                if metrics:
-                    losses |= dict(zip(names, average(torch.stack(metrics).mean(0)).tolist()))
-            run.log(losses, **charts)
-            critic_metrics, actor_metrics, model_metrics, charts, logged_step = [], [], {}, {}, run.step
-        if run.step - run.saved_step >= args.checkpoint_every:
-            run.checkpoint()
-
-    envs.close()
-    return run.finish(agent)
+            if run.step - logged_step >= 250 or run.step >= args.total_timesteps:
+                run.log(metrics, **charts)
+                metrics, charts, logged_step = [], {}, run.step
+        return run.finish(agent)
 
 
 # Plumbing: the same in every file ---------------------------------------------------------------------------
 
 ALGO = Path(__file__).stem
-FLATTEN = "Flatten it with gymnasium.wrappers.FlattenObservation"
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Stops with one line on stderr; exit code 2 where the request was wrong, 1 where the run went wrong."""
-    tqdm.write(f"{ALGO}.py: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
+    tqdm.write(f"{ALGO}.py: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, below a progress bar
     raise SystemExit(code)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
+    for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
+        stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--env-id", "--env_id", default=Args.env_id)
     early.add_argument("--resume")
     known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id, **RECOMMENDED.get(known.env_id, {})})
+    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
     if known.resume:
-        try:
-            saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
-            saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-            defaults = Args(**saved)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"--resume {known.resume}: not the directory of a run of {ALGO}.py ({error})")
+        defaults = Args(**load_checkpoint(known.resume)["args"])
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{__doc__.splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
+    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
     args = tyro.cli(Args, default=defaults, args=argv, description=description)
     if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
         fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
     return args
 
 
-def set_up(args: Args) -> tuple[int, int, torch.device]:
-    """Seeds, threads, device; meets the other processes under torchrun. Returns (rank, world size, device)."""
-    for name, value in asdict(args).items():
-        if type(value) is int and value < 1 and name != "seed":
-            fail(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if not 0 <= args.seed < 2**32:
-        fail(f"--seed {args.seed} must be from 0 to 2³² − 1")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
-    rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
-    torch.set_num_threads(args.torch_threads)
-    random.seed(args.seed)
-    np.random.seed(args.seed)  # neither is drawn from here: a checkpoint has PyTorch's state alone
-    torch.manual_seed(args.seed)
-    return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+def check_args(args: Args) -> None:
+    """Refuses a value outside the range that its type in Args names."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+            if not all(x is None or low <= x <= high for x in values):
+                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
 
 
-def average(x: Tensor) -> Tensor:
-    """Mean over the processes of torchrun; x itself where there is only one."""
-    if not dist.is_initialized():
-        return x
-    total = x.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
-        torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+def load_checkpoint(folder: str, **modules) -> dict:
+    """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
+    try:
+        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=True)
+        if state["algo"] != ALGO:
+            raise ValueError(f"it is {state['algo']}.py's")
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
+        fail(f"--resume {folder}: no checkpoint of this {ALGO}.py, or of an older version of it ({error!r:.200})")
+    return state
 
 
 def make_env(args: Args, **kwargs) -> gym.Env:
-    """gymnasium.make, or one line why not."""
+    """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
     try:
-        return gym.make(args.env_id, **kwargs)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
+        env = gym.make(args.env_id, **kwargs)
+    except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
+        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
+        fail(f"--env-id {args.env_id}: {error} ({hint})")
+    plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
+    return env if plain else gym.wrappers.FlattenObservation(env)
 
 
-def check_spaces(args: Args, action_spaces: tuple[type, ...], hint: str = "") -> tuple[gym.Space, gym.Space]:
-    """The environment's observation and action space; refuses what the networks cannot take."""
-    env = make_env(args)
-    env.close()
-    if args.capture_video and "rgb_array" not in env.metadata["render_modes"]:
-        fail(f"--capture-video: {args.env_id} cannot render to images")
-    observation = ("observation", env.observation_space, (Discrete, Box), FLATTEN)
-    for kind, space, allowed, way_out in (observation, ("action", env.action_space, action_spaces, hint)):
-        if not isinstance(space, allowed) or (isinstance(space, Box) and len(space.shape) != 1):
-            names = " or ".join("a one-dimensional Box" if x is Box else x.__name__ for x in allowed)
-            message = f"{args.env_id} has the {kind} space {space}; {ALGO} needs {names}. {way_out}"
-            fail(" ".join(message.split()))
-    return env.observation_space, env.action_space
+class Envs:
+    """N environments, stepped in turn; where an episode ends, the next one begins within the same step.
 
-
-def check_bounds(args: Args, action_space: Box) -> None:
-    """Refuses actions without bounds, which nothing in [−1, 1] can be scaled to."""
-    if not action_space.is_bounded("both"):
-        fail(f"{args.env_id} has the unbounded action space {action_space}; {ALGO} needs finite bounds. Use ppo.py.")
-
-
-def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
-    """Environments that reset within the step that ends an episode: no step is spent on a reset."""
-
-    def make(index: int) -> gym.Env:
-        if video_dir is None or index > 0:
-            return make_env(args)
-        return gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), str(video_dir))
-
-    envs = [lambda index=index: make(index) for index in range(num_envs)]
-    envs = gym.vector.SyncVectorEnv(envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
-
-
-def step_envs(envs: gym.vector.VectorEnv, actions: Tensor) -> tuple:
-    """(observation to act on, observation reached, rewards, terminated, truncated, infos).
-
-    The two observations differ where an episode ended: it reached its final one, and the next one has begun.
-    """
-    obs, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
-    reached = obs
-    if "final_obs" in infos:
-        reached = obs.copy()
-        for i in np.flatnonzero(infos["_final_obs"]):
-            reached[i] = infos["final_obs"][i]
-    if not (np.isfinite(rewards).all() and np.isfinite(reached).all()):
-        fail("the environment gave a reward or observation that is not finite; the last checkpoint stays", code=1)
-    return obs, reached, rewards, terminated, truncated, infos
-
-
-class Run:
-    """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
-
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
-    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
+    Observations are copies (N, …): float32, bytes as they are, int64 of a Discrete space.
     """
 
-    def __init__(self, args: Args, rank: int, modules: dict):
-        self.args, self.rank, self.modules, self.signals, self.stopped = args, rank, modules, [], False
-        self.step, self.saved_step, self.seconds, self.monitor_size = 0, 0, 0.0, 0
-        self.dir = Path(args.resume) if args.resume else None
+    def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
+        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
+        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
+        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
+        self.dtype = np.int64 if index else np.uint8 if image else np.float32
+        self.episodes = []  # (environment, return, length) of those that ended in the last step
+        if len(self.observation_space.shape) == 3:
+            fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
+        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
+            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
+            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
+            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+
+    def film(self, args: Args, folder: str, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
+        self.envs[0] = gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), folder, name_prefix=name)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """First observations (N, …); environment i is seeded with seed + i."""
+        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
+
+    def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
+        """(observations to act on, observations reached, rewards, terminated, truncated), each (N, …).
+
+        The two observations differ where an episode ended: it reached its final one, and the next one has begun.
+        """
+        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
+            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
+            rewards[i] = reward = float(reward)
+            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
+            if self.lengths[i] == 1000 and getattr(env, "recording", False):
+                env.stop_recording()  # its frames are kept in memory
+        finite("reward", rewards), finite("observation", reached)
+        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
+        for i, *_ in self.episodes:
+            obs = reached.copy() if obs is reached else obs
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
+        return obs, reached, rewards, terminated, truncated
+
+    def close(self) -> None:
+        """Closes them all."""
+        for env in self.envs:
+            env.close()
+
+
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
+class Run(ExitStack):
+    """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        check_args(args)
+        self.args, self.step, self.updates, self.saved_step, self.longest_episode = args, 0, 0, 0, 0
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        if kind != "cpu" and not getattr(torch, kind).is_available():
+            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
+        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.callback(torch.set_num_threads, torch.get_num_threads())
+        self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        if args.compile:
+            self.compile_backward()
+
+        def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
+            self.stopped = True
+            signal.signal(number, signal.SIG_DFL)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
+                self.callback(signal.signal, number, signal.signal(number, stop))
+        torch.set_num_threads(args.torch_threads)
+        random.seed(args.seed), np.random.seed(args.seed)  # not drawn from here: a checkpoint has PyTorch's state alone
+        torch.manual_seed(args.seed)
+
+    def compile_backward(self) -> None:
+        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
+        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+
+    def __exit__(self, kind, error, trace) -> bool:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+
+    def start(self, envs, **modules) -> None:
+        """Makes a run directory, or opens --resume's. `modules`, with state_dicts, are what a checkpoint holds."""
+        args, self.envs, self.modules, state = self.args, envs, modules, {"seconds": 0, "monitor_size": 0}
+        self.callback(envs.close)
+        self.dir = Path(args.resume) if args.resume else self.new_dir()
+        self.monitor = self.enter_context(open(self.dir / "monitor.csv", "a", buffering=1, newline=""))
+        try:
+            getattr(os, "lockf", max)(self.monitor.fileno(), getattr(os, "F_TLOCK", 0), 0)  # Windows has no such lock
+        except OSError:
+            fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
-            self.restore()
-        elif rank == 0:
-            self.dir = self.new_dir()
-        self.start_step, self.start_time = self.step, time.time() - self.seconds
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        if rank > 0:
-            torch.manual_seed(args.seed + self.step + rank)
-            return
+            state = load_checkpoint(args.resume, **modules)
+            self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
+            self.saved_step = self.step
+            torch.set_rng_state(state["rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
+        self.start_time = time.time() - state["seconds"]
+        self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
         about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
         about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        (self.dir / "args.tmp").write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(self.dir / "args.tmp", self.dir / "args.json")
+        (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+        if args.capture_video:
+            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
-        self.monitor = open(self.dir / "monitor.csv", "a", buffering=1)
-        self.monitor.truncate(self.monitor_size)  # episodes after the checkpoint will be lived through again
-        if self.monitor_size == 0:
-            header = {"t_start": self.start_time, "env_id": args.env_id}
-            self.monitor.write(f"#{json.dumps(header)}\nr,l,t\n")
+        self.callback(self.writer.close)
+        if not args.resume:
+            self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
-        self.recent_returns = deque(maxlen=100)
+        settings = {name: value == getattr(args, name) for name, value in RECOMMENDED.get(args.env_id, {}).items()}
+        texts = {yes: [f"{x}={getattr(args, x)}" for x in settings if settings[x] is yes] for yes in (True, False)}
+        print(f"recommended settings taken: {' '.join(texts[True])}; overridden: {' '.join(texts[False])}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
+        self.callback(self.bar.close)
 
     def new_dir(self) -> Path:
         """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        name = f"{self.args.env_id.replace('/', '-')}__{ALGO}__{self.args.seed}__{int(time.time())}"
-        for n in itertools.count():
-            path = Path(self.args.output_dir) / (f"{name}_{n}" if n else name)
-            try:
-                path.mkdir(parents=True)
-                return path
-            except FileExistsError:
-                pass
-            except OSError as error:
-                fail(f"--output-dir {self.args.output_dir}: {error}")
+        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
+        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+                with suppress(FileExistsError):
+                    path.mkdir()
+                    return path
+        except OSError as error:
+            fail(f"--output-dir {self.args.output_dir}: {error}")
 
-    def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM let the iteration in progress end; a second one stops at once."""
-        self.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    def interrupted(self) -> bool:
-        """Whether this process, or another one under torchrun, was asked to stop."""
-        self.stopped = average(torch.tensor(float(len(self.signals)))).item() > 0
-        return self.stopped
+    def goes_on(self) -> bool:
+        """Whether there are steps left and nobody has asked to stop; writes a checkpoint where one is due."""
+        if self.step - self.saved_step >= self.args.checkpoint_every:
+            self.checkpoint()
+        return self.step < self.args.total_timesteps and not self.stopped
 
     def checkpoint(self) -> None:
         """Writes checkpoint.pt under another name and renames it: whenever the process dies, a whole one is there."""
-        if self.rank > 0:
-            return
-        weights = [x for module in self.modules.values() if isinstance(module, nn.Module) for x in module.parameters()]
-        if not all(x.isfinite().all() for x in weights):
+        networks = [module for module in self.modules.values() if isinstance(module, nn.Module)]
+        if not all(x.isfinite().all() for network in networks for x in network.parameters()):
             fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"step": self.step, "seconds": time.time() - self.start_time}
-        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
-        state["rng"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        torch.save(state, self.dir / "checkpoint.tmp")
-        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
+        state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
+        try:
+            torch.save(state, self.dir / "checkpoint.tmp")
+            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
+            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
         self.saved_step = self.step
 
-    def restore(self) -> None:
-        """Loads checkpoint.pt into the modules, the counters and PyTorch's random state."""
-        try:
-            state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-            for name, module in self.modules.items():
-                module.load_state_dict(state[name])
-            self.step = self.saved_step = state["step"]
-            self.seconds, self.monitor_size = state["seconds"], state["monitor_size"]
-            torch.set_rng_state(state["rng"]["torch"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this run
-            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            fail(f"--resume {self.dir}: checkpoint.pt cannot be used ({reason})")
-
-    def log_episodes(self, infos: dict) -> None:
-        """Writes the episodes that ended in this step to monitor.csv and TensorBoard."""
-        if self.rank > 0 or "episode" not in infos:
-            return
-        for i in np.flatnonzero(infos["_episode"]):
-            episode_return, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
+    def advance(self, envs) -> None:
+        """Counts a step of all environments, and writes down the episodes that it ended."""
+        self.step += envs.num_envs
+        for _, episode_return, length in envs.episodes:
+            self.longest_episode = max(self.longest_episode, length)
+            self.recent_returns.append(episode_return)
             self.monitor.write(f"{episode_return:.6f},{length},{time.time() - self.start_time:.6f}\n")
             self.writer.add_scalar("charts/episodic_return", episode_return, self.step)
             self.writer.add_scalar("charts/episodic_length", length, self.step)
-            self.recent_returns.append(episode_return)
 
-    def log(self, losses: dict[str, float], **charts: float) -> None:
-        """Writes losses/* and charts/* to TensorBoard and moves the progress bar; stops where a loss is not finite."""
-        bad = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
-        if bad:
-            fail(f"{bad} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
-        if self.rank > 0:
-            return
-        charts["SPS"] = (self.step - self.start_step) / (time.time() - self.start_time - self.seconds)
+    def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
+        """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
+        names = dict.fromkeys(itertools.chain(*metrics))
+        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
+        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
+        charts["SPS"] = self.step / (time.time() - self.start_time)
         for group, values in (("losses", losses), ("charts", charts)):
             for name, value in values.items():
                 self.writer.add_scalar(f"{group}/{name}", value, self.step)
-        if self.recent_returns:
-            self.bar.set_postfix({"return": f"{np.mean(self.recent_returns):.1f}"}, refresh=False)
+        self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
         self.bar.update(self.step - self.bar.n)
 
     def finish(self, policy: nn.Module) -> dict:
         """Last checkpoint; then, unless the run was interrupted, policy.pt2, the evaluation and the last two lines."""
         self.checkpoint()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if self.rank > 0:
-            return {}
         self.bar.close()
-        self.monitor.close()
         if self.stopped:
             print(f"stopped at step {self.step}; to go on: --resume {self.dir}", file=sys.stderr)
             raise SystemExit(130)
-        export_policy(policy, self.dir / "policy.pt2")
-        returns = evaluate(policy, self.args)
+        export_policy(policy, self.envs, self.dir / "policy.pt2")
+        limit = self.envs.time_limit or 10 * self.longest_episode or 1000
+        if self.envs.time_limit is None:
+            print(f"{self.args.env_id} has no time limit: evaluation cuts episodes after {limit} steps")
+        returns = evaluate(policy, self.args, type(self.envs), max_episode_steps=limit)
         self.writer.add_scalar("eval/episodic_return", returns.mean(), self.step)
-        self.writer.close()
         print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-        print(f"run directory: {self.dir}")
+        print(f"run directory: {self.dir}", flush=True)
         return {"run_dir": self.dir, "returns": returns}
 
 
 @torch.no_grad()
-def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
-    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment.
-
-    A policy with a memory would have to carry it on here, and in export_policy; one with dropout or BatchNorm, to be
-    switched to eval() in both.
-    """
-    envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 1_000_000)
-    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    device = next(policy.parameters()).device
-    while running.any():
-        actions = policy(torch.as_tensor(obs, dtype=policy.observation_dtype, device=device))
-        obs, _, rewards, terminated, truncated, _ = step_envs(envs, actions)
-        returns += rewards * running
-        running &= ~(terminated | truncated)
+def evaluate(policy: nn.Module, args: Args, envs_class: type = Envs, **kwargs) -> np.ndarray:
+    """Returns (eval_episodes,) of the deterministic policy; episode i is reset with seed + 1 000 000 + i."""
+    envs, training = envs_class(args, min(args.num_envs, args.eval_episodes), **kwargs), policy.training
+    returns, device = np.full(args.eval_episodes, np.nan), next(policy.parameters()).device
+    policy.eval()
+    for first in range(0, args.eval_episodes, envs.num_envs):
+        obs, playing = envs.reset(args.seed + 1_000_000 + first), returns[first : first + envs.num_envs]
+        while np.isnan(playing).any():
+            obs, *_ = envs.step(policy(torch.as_tensor(obs, device=device)))
+            for i, episode_return, _ in envs.episodes:
+                if i < len(playing) and np.isnan(playing[i]):
+                    playing[i] = episode_return
     envs.close()
+    policy.train(training)
     return returns
 
 
-def export_policy(policy: nn.Module, path: Path) -> None:
-    """Saves `policy.forward` for the CPU: `torch.export.load(path).module()(obs)`, any batch size.
-
-    The module's other weights, critics for instance, go into the file as well.
-    """
-    policy = copy.deepcopy(policy).cpu()
-    example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
-    program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
+def export_policy(policy: nn.Module, envs, path: Path) -> None:
+    """Saves `policy.forward` (and all its weights): `torch.export.load(path).module()(obs)`, any batch size."""
+    example = torch.as_tensor(np.stack([envs.observation_space.sample()] * 2).astype(envs.dtype))
+    policy, shapes = copy.deepcopy(policy).cpu().eval(), ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=shapes), path)
 
 
 if __name__ == "__main__":

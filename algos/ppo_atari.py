@@ -10,17 +10,16 @@ with one convolutional network that ends in both the policy and the value. Detai
 - Two protocols. `machado` (Machado et al. 2018, arXiv 1709.06009): the emulator repeats the last action with
   probability 0.25, and a lost life is no termination. `nature` (Mnih et al. 2015): no such repetition, up to 30 frames
   without action at the start, and a lost life is a termination for learning, though the game goes on; FIRE is pressed
-  for the agent at a game's start, as in OpenAI's Baselines, but not after a lost life. Under both a game ends after
-  108 000 frames at the latest; Mnih et al. evaluated for 5 minutes, 18 000.
+  at a game's start, as in OpenAI's Baselines, but not after a lost life. Either way a game ends after 108 000 frames.
 - The training reward is the sign of the game's, so that one step size does for all games; what is logged and evaluated
   is the score of full games, unclipped, under both protocols.
-- Observations stay uint8 until the device; there they become [0, 1], channels last.
+- Observations stay uint8 until the network, which makes them [0, 1], channels last.
 - Log-probabilities and values are those of acting: one forward pass for each step, one more at the rollout's end,
-  and one where a time limit (108 000 frames) ends a game, for the value of its final observation.
+  and one where a time limit ends a game, for the value of its final observation.
 - Orthogonal initialisation, gain √2, 0.01 for the policy's layer and 1 for the value's; Adam's ε is 1e-5.
 
-Against Stable-Baselines3: the same update as PPO with CnnPolicy (parameters agree to 1e-4, tests/test_ppo_atari.py).
-SB3 reads its schedules after a rollout, here they are read before it.
+Against Stable-Baselines3 (SB3): the same update as PPO with CnnPolicy (parameters agree to 1e-5,
+tests/test_ppo_atari.py). SB3 reads its schedules after a rollout, here they are read before it.
 
     python algos/ppo_atari.py --torch-threads 4              # ALE/Pong-v5
     python algos/ppo_atari.py --env-id ALE/Breakout-v5 --protocol nature
@@ -30,19 +29,25 @@ SB3 reads its schedules after a rollout, here they are read before it.
 
 import argparse
 import copy
+import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
+import re
+import shutil
 import signal
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque, namedtuple
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
 import ale_py
 import gymnasium as gym
@@ -57,81 +62,130 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+Count = Annotated[int, (1, math.inf, "at least 1")]
+Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
+Fraction = Annotated[float, (0, 1, "from 0 to 1")]
+Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
+NotNegative = Annotated[float, (0, sys.float_info.max, "0 or more")]
+
 
 @dataclass
 class Args:
     # run
-    seed: int = 1
-    """seed of everything random; same seed, same machine and thread count: same bits on CPU"""
-    total_timesteps: int = 10_000_000
-    """environment steps of 4 frames, over all environments and processes"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the network lives; auto takes CUDA when there is one"""
-    torch_threads: int = 2
-    """CPU threads for PyTorch; on the CPU as many as there are cores is fastest"""
-    compile: bool = False
-    """compile the update with torch.compile (CUDA graphs on a GPU)"""
-    output_dir: str = "runs"
-    """folder that run directories are made in"""
-    resume: str | None = None
-    """run directory to go on in, with its own arguments; only --total-timesteps may be changed, schedules go by it"""
-    checkpoint_every: int = 100_000
-    """environment steps between checkpoints"""
-    eval_episodes: int = 10
-    """games of the final evaluation, with the deterministic policy"""
-    capture_video: bool = False
-    """film games 0, 1, 8, 27, 64 … of the first environment, as the agent sees them, in the run directory's videos/"""
+    seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
+    total_timesteps: Count = 10_000_000  # environment steps of 4 frames, over all environments and processes
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the network lives; auto takes CUDA when there is one
+    torch_threads: Count = 2  # CPU threads for PyTorch; on the CPU as many as there are cores is fastest
+    compile: bool = False  # compile loss and gradient with torch.compile (CUDA graphs on a GPU)
+    output_dir: str = "runs"  # folder that run directories are made in
+    resume: str | None = None  # run directory to go on in, with its own flags; --total-timesteps alone may be changed
+    checkpoint_every: Count = 100_000  # environment steps between checkpoints
+    eval_episodes: Count = 10  # games of the final evaluation, with the deterministic policy
+    capture_video: bool = False  # film games 0, 1, 8, 27, 64 … of the first environment, as the agent sees them
 
     # environment
-    env_id: str = "ALE/Pong-v5"
-    """gymnasium environment: one of ale_py's, or another whose observations are uint8 images (C, H, W)"""
-    num_envs: int = 8
-    """parallel environments N (per process)"""
-    protocol: Literal["machado", "nature"] = "machado"
-    """machado: sticky actions, lives do not count; nature: random starts, for learning a lost life is a termination"""
-    full_action_space: bool = False
-    """all 18 actions of the console, as Machado et al., instead of those that do something in the game"""
-    clip_rewards: bool = True
-    """learn from the rewards' signs"""
+    env_id: str = "ALE/Pong-v5"  # one of ale_py's, or another environment whose observations are uint8 images (C, H, W)
+    num_envs: Count = 8  # parallel environments N (per process)
+    protocol: Literal["machado", "nature"] = "machado"  # sticky actions; or random starts, a lost life a termination
+    full_action_space: bool = False  # all 18 actions of the console, as Machado et al., not just those with an effect
+    clip_rewards: bool = True  # learn from the rewards' signs
 
     # algorithm
-    num_steps: int = 128
-    """steps T per environment and rollout"""
-    num_minibatches: int = 4
-    """minibatches per epoch"""
-    update_epochs: int = 4
-    """passes over each rollout"""
-    learning_rate: float = 2.5e-4
-    """Adam's step size"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to 0"""
-    gamma: float = 0.99
-    """discount γ"""
-    gae_lambda: float = 0.95
-    """λ of generalised advantage estimation"""
-    clip_coef: float = 0.1
-    """clipping range ε of the probability ratio"""
-    anneal_clip: bool = False
-    """lower the clipping range linearly to 0"""
-    clip_value: float | None = None
-    """keep V within this distance of V_old in the value loss; None: off"""
-    normalize_advantages: bool = True
-    """normalise advantages per minibatch"""
-    ent_coef: float = 0.01
-    """weight c_e of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight c_v of the value loss"""
-    max_grad_norm: float = 0.5
-    """bound on the gradient's global norm"""
-    target_kl: float | None = None
-    """end the update once the approximate KL passes 1.5 times this; None: off"""
+    num_steps: Count = 128  # steps T per environment and rollout
+    num_minibatches: Count = 4  # minibatches per epoch, of N·T / this many steps each (per process)
+    update_epochs: Count = 4  # passes over each rollout
+    learning_rate: Positive = 2.5e-4  # Adam's step size
+    anneal_lr: bool = True  # lower the learning rate linearly, rollout by rollout, to 0 at --total-timesteps
+    gamma: Fraction = 0.99  # discount γ
+    gae_lambda: Fraction = 0.95  # λ of generalised advantage estimation
+    clip_coef: Positive = 0.1  # clipping range ε of the probability ratio
+    anneal_clip: bool = False  # lower the clipping range linearly to 0
+    clip_value: Positive | None = None  # keep V within this distance of V_old in the value loss; None: off
+    normalize_advantages: bool = True  # normalise advantages per minibatch (and process)
+    ent_coef: NotNegative = 0.01  # weight c_e of the entropy bonus
+    vf_coef: NotNegative = 0.5  # weight c_v of the value loss, a mean of squares without ½
+    max_grad_norm: Positive = 0.5  # bound on the gradient's global norm
+    target_kl: Positive | None = None  # end the update once the approximate KL passes 1.5 times this; None: off
 
 
-RECOMMENDED = {"ALE/Pong-v5": dict(total_timesteps=3_000_000)}
-"""Settings by environment id: `--env-id` alone takes them, an explicit flag wins."""
+RECOMMENDED = {"ALE/Pong-v5": dict(total_timesteps=3_000_000)}  # by environment id; an explicit flag wins
 
 
-# Network ----------------------------------------------------------------------------------------------------
+# Environments and network -----------------------------------------------------------------------------------
+
+
+class PixelEnvs:
+    """N environments with images, under --protocol; where a game ends, the next one begins within the same step.
+
+    Observations are stacks (N, C, H, W) of bytes, the newest image last; rewards are the game's own, and returns its
+    scores. Under nature's protocol a lost life counts as terminated, but the game goes on: `ended` (N,) tells its end.
+    """
+
+    def __init__(self, args: Args, num_envs: int, max_episode_steps: int | None = None):
+        gym.register_envs(ale_py)
+        self.num_envs, self.dtype, self.nature = num_envs, np.uint8, args.protocol == "nature"
+        self.episodes, self.ended = [], np.zeros(num_envs, bool)  # episodes: as in Envs
+        options = dict(repeat_action_probability=0.0, noop_max=30, use_fire_reset=True)
+        options = options if self.nature else dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False)
+        options |= dict(reward_clipping=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        if args.env_id.startswith("ALE/"):  # ale_py's own, stepped in C++ threads
+            self.time_limit = max_episode_steps or 27_000  # 108 000 frames
+            options |= dict(full_action_space=args.full_action_space, max_num_frames_per_episode=4 * self.time_limit)
+            try:
+                self.envs = gym.make_vec(args.env_id, num_envs, **options)
+            except (gym.error.Error, AssertionError) as error:
+                fail(f"--env-id {args.env_id}: {error}")
+        else:
+            makers = [lambda: make_env(args, max_episode_steps=max_episode_steps)] * num_envs
+            self.envs = gym.vector.SyncVectorEnv(makers, autoreset_mode=options["autoreset_mode"])
+            self.time_limit = self.envs.envs[0].spec.max_episode_steps
+        self.observation_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
+        space, self.folder, self.frames, self.filmed = self.observation_space, None, [], 0
+        if space.dtype != np.uint8 or len(space.shape or ()) != 3 or min(space.shape[1:]) < 36:
+            fail(
+                f"{args.env_id} has the observation space {space}; {ALGO}.py needs uint8 images (C, H, W) of at least"
+                " 36 × 36. Atari's games are called ALE/Breakout-v5 and so on; for vectors use ppo.py or dqn.py"
+            )
+        if not isinstance(self.action_space, Discrete):
+            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs Discrete")
+
+    def film(self, args: Args, folder: str, name: str) -> None:
+        """Films games 0, 1, 8, 27, 64 … of the first environment, as the agent sees them."""
+        self.folder, self.name = folder, name
+
+    def reset(self, seed: int) -> np.ndarray:
+        """First observations (N, C, H, W); environment i is seeded with seed + i."""
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        obs, infos = self.envs.reset(seed=seed)
+        self.lives = infos.get("lives", np.zeros(self.num_envs))
+        return obs
+
+    def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
+        """(observations to act on, observations reached, rewards, terminated, truncated), each (N, …).
+
+        The two observations differ where a game ended: it reached its final one, and the next one has begun.
+        """
+        obs, rewards, terminated, truncated, infos = self.envs.step(actions.numpy(force=True))
+        self.ended, self.returns, self.lengths = terminated | truncated, self.returns + rewards, self.lengths + 1
+        self.episodes = [(i, float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(self.ended)]
+        reached = obs.copy() if self.episodes else obs
+        for i, *_ in self.episodes:
+            reached[i], self.returns[i], self.lengths[i] = infos["final_obs"][i], 0, 0
+        lives, self.lives = self.lives, infos.get("lives", self.lives)
+        if self.nature:
+            terminated = terminated | (self.lives < lives)
+        if self.folder and capped_cubic_video_schedule(self.filmed):
+            image = reached[0, -1].copy()
+            self.frames.append(np.broadcast_to(image[..., None], (*image.shape, 3)))
+            if self.ended[0]:
+                save_video(self.frames, self.folder, name_prefix=self.name, fps=15, episode_index=self.filmed)
+        if self.ended[0]:
+            self.frames, self.filmed = [], self.filmed + 1
+        return obs, reached, finite("reward", np.asarray(rewards, np.float32)), terminated, truncated
+
+    def close(self) -> None:
+        """Closes them all."""
+        self.envs.close()
 
 
 def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
@@ -144,45 +198,37 @@ def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
 class PixelActorCritic(nn.Module):
     """Policy π(a|s) and value V(s) on one convolutional network (Mnih et al. 2015, "Model architecture").
 
-    Observations are images (…, C, H, W) uint8, and states s what `encode` makes of them; actions are indices (…,)
-    from 0. `forward` is the deterministic policy, from observations to what the environment takes.
+    Observations are images (B, C, H, W) uint8; actions are indices (B,) from 0. `forward` is the deterministic policy,
+    from observations to what the environment takes.
     """
-
-    observation_dtype = torch.uint8
 
     def __init__(self, observation_space: Box, action_space: Discrete):
         super().__init__()
-        self.observation_space, self.action_space = observation_space, action_space
-        channels = observation_space.shape[0]
+        self.action_space, channels = action_space, observation_space.shape[0]
         convolutions = [nn.Conv2d(channels, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)]
         layers = [x for layer in convolutions for x in (orthogonal(layer), nn.ReLU(inplace=True))] + [nn.Flatten()]
         with torch.no_grad():
             features = nn.Sequential(*layers)(torch.zeros(1, *observation_space.shape)).shape[1]
-        layers += [orthogonal(nn.Linear(features, 512)), nn.ReLU(inplace=True)]
-        self.trunk = nn.Sequential(*layers)
+        self.trunk = nn.Sequential(*layers, orthogonal(nn.Linear(features, 512)), nn.ReLU(inplace=True))
         self.actor = orthogonal(nn.Linear(512, int(action_space.n)), gain=0.01)
         self.critic = orthogonal(nn.Linear(512, 1), gain=1.0)
 
-    def encode(self, obs: Tensor) -> Tensor:
-        """Images (B, C, H, W) from 0 to 255 → from 0 to 1, channels last."""
-        return obs.to(torch.float32, memory_format=torch.channels_last).div_(255)
-
-    def logits_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, A) and (B,)."""
-        features = self.trunk(states)
+    def logits_and_values(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """The policy's logits (B, A) and V(s), (B,)."""
+        features = self.trunk(obs.to(torch.float32, memory_format=torch.channels_last).div_(255))
         return self.actor(features), self.critic(features).squeeze(-1)
 
     def sample(self, logits: Tensor) -> Tensor:
         """Indices (…,) drawn from softmax(logits), by the Gumbel-max trick; logits (…, A)."""
         return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
 
-    def forward(self, obs: Tensor) -> Tensor:
-        """The most likely action."""
-        return self.to_env(self.logits_and_values(self.encode(obs))[0].argmax(-1))
-
     def to_env(self, actions: Tensor) -> Tensor:
         """Indices moved to the space's start."""
         return actions + int(self.action_space.start)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """The most likely action."""
+        return self.to_env(self.logits_and_values(obs)[0].argmax(-1))
 
 
 # The maths --------------------------------------------------------------------------------------------------
@@ -215,81 +261,49 @@ def gae(rewards, values, next_values, terminated, truncated, gamma: float, gae_l
     return linear_recurrence(deltas.flip(0), decay.flip(0), torch.zeros_like(deltas[0])).flip(0)
 
 
-def clipped_policy_loss(ratio: Tensor, advantages: Tensor, clip: Tensor | float) -> Tensor:
-    """−E[min(ρÂ, clip(ρ, 1−ε, 1+ε)Â)] (arXiv 1707.06347, eq. 7); ratio ρ and advantages (B,)."""
-    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+# A rollout, or a minibatch of it, first dimension B; observations are uint8.
+PixelBatch = namedtuple("PixelBatch", "observations actions log_probs values advantages returns")
 
 
-def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_value: float | None) -> Tensor:
-    """E[(V − R̂)²], inputs (B,); with `clip_value` V is first kept within that distance of V_old, as in SB3."""
-    if clip_value is not None:
-        values = old_values + (values - old_values).clamp(-clip_value, clip_value)
-    return F.mse_loss(values, returns)
-
-
-def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """E[ρ − 1 − log ρ], an unbiased estimate of KL(π_old ‖ π_θ) in nats (Schulman 2020, "k3"); log_ratio (B,)."""
-    return (log_ratio.exp() - 1 - log_ratio).mean()
-
-
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 − Var[R̂ − V] / Var[R̂]: 1 is a perfect critic, 0 one that knows nothing but the mean; inputs of one shape."""
-    return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
-
-
-class PixelBatch(NamedTuple):
-    """A rollout, or a minibatch of it; first dimension B. Observations are uint8."""
-
-    observations: Tensor
-    actions: Tensor
-    log_probs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-
-METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")
-
-
-def pixel_ppo_loss(agent: PixelActorCritic, batch: PixelBatch, clip: Tensor | float, args) -> tuple[Tensor, Tensor]:
-    """The loss L(θ) of a minibatch, and METRICS (5,)."""
-    logits, values = agent.logits_and_values(agent.encode(batch.observations))
-    log_probs, entropy = categorical_log_prob_and_entropy(logits, batch.actions)
+def pixel_ppo_loss(agent: nn.Module, batch: PixelBatch, clip: Tensor | float, args: Args) -> tuple[Tensor, dict]:
+    """The loss L(θ) of a minibatch (arXiv 1707.06347, eq. 7 and 9), and what to log of it."""
+    logits, values = agent.logits_and_values(batch.observations)
+    log_probs, entropies = categorical_log_prob_and_entropy(logits, batch.actions)
     log_ratio = log_probs - batch.log_probs
-    ratio = log_ratio.exp()
-    advantages = batch.advantages
+    ratio, advantages = log_ratio.exp(), batch.advantages
     if args.normalize_advantages and len(advantages) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    policy_loss = clipped_policy_loss(ratio, advantages, clip)
-    value_loss = clipped_value_loss(values, batch.values, batch.returns, args.clip_value)
-    entropy = entropy.mean()
-    with torch.no_grad():
-        clipfrac = ((ratio - 1).abs() > clip).float().mean()
-        metrics = torch.stack([policy_loss, value_loss, entropy, approximate_kl(log_ratio), clipfrac])
-    return policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy, metrics
+    policy_loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+    if args.clip_value is not None:
+        values = batch.values + (values - batch.values).clamp(-args.clip_value, args.clip_value)
+    value_loss, entropy = F.mse_loss(values, batch.returns), entropies.mean()
+    metrics = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy)
+    metrics["approx_kl"] = (ratio - 1 - log_ratio).mean()  # of π_old to π_θ in nats, unbiased (Schulman 2020, "k3")
+    metrics["clipfrac"] = ((ratio - 1).abs() > clip).float().mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    return loss, {name: x.detach() for name, x in metrics.items()}
 
 
-def pixel_ppo_update(agent, optimizer, batch: PixelBatch, clip: Tensor | float, args) -> tuple[Tensor, bool]:
-    """One gradient step on a minibatch. Returns METRICS before it, and whether the KL passed its target instead."""
+def pixel_ppo_gradient(agent: nn.Module, batch: PixelBatch, clip: Tensor | float, args: Args) -> dict[str, Tensor]:
+    """Leaves ∇L(θ), of norm --max-grad-norm at most, in the parameters' .grad; with --compile this is one graph."""
     loss, metrics = pixel_ppo_loss(agent, batch, clip, args)
-    parameters = list(agent.parameters())
-    gradients = torch.autograd.grad(loss, parameters)
-    if dist.is_initialized():
-        metrics, gradients = average(metrics), average_all(gradients)
-    if args.target_kl is not None and metrics[3] > 1.5 * args.target_kl:
-        return metrics, True
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient.contiguous()  # fused Adam reads a channels-last gradient in its memory's order
-    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-    optimizer.step()
-    return metrics, False
+    loss.backward()
+    average_gradients(agent)
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    return metrics
 
 
-def shuffled_minibatches(batch: Sequence[Tensor], epochs: int, num_minibatches: int) -> Iterator[tuple[Tensor, ...]]:
+def shuffled_minibatches(batch: tuple, epochs: int, num_minibatches: int) -> Iterator[tuple]:
     """For every epoch a new order of the batch's samples, in equal parts if they divide it; each tensor (B, …)."""
     for _ in range(epochs):
         order = torch.randperm(len(batch[0]), device=batch[0].device)
-        yield from zip(*(x[order].chunk(num_minibatches) for x in batch))
+        yield from map(type(batch), *(x[order].chunk(num_minibatches) for x in batch))
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """torch.compile, the backward pass in the function included; on CUDA as CUDA graphs, whose results are copied."""
+    graphs = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+    return lambda *inputs: {name: x.clone() for name, x in graphs(*inputs).items()}
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -297,83 +311,70 @@ def shuffled_minibatches(batch: Sequence[Tensor], epochs: int, num_minibatches: 
 
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
-    rank, world_size, device = set_up(args)
-    batch_size = args.num_envs * args.num_steps
-    if batch_size % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches} must divide --num-envs × --num-steps = {batch_size}")
-    agent = PixelActorCritic(*check_pixel_spaces(args)).to(device)
-    lr, clip = (torch.tensor(x, device=device) for x in (args.learning_rate, args.clip_coef))
-    optimizer = torch.optim.Adam(agent.parameters(), lr, eps=1e-5, fused=not args.compile, capturable=args.compile)
-    update = compiled(pixel_ppo_update, device) if args.compile else pixel_ppo_update
-    run = Run(args, rank, {"agent": agent, "optimizer": optimizer})
-    lr = lr.copy_(optimizer.param_groups[0]["lr"])  # a checkpoint brought its own
-    optimizer.param_groups[0]["lr"] = lr
-    envs = make_pixel_envs(args, args.num_envs)
-    videos = f"videos_from_step_{run.step}" if args.resume else "videos"
-    film = Film(run.dir / videos if args.capture_video and rank == 0 else None)
+    with ParallelRun(args) as run:
+        envs = PixelEnvs(args, args.num_envs)
+        batch_size = args.num_envs * args.num_steps
+        if batch_size % args.num_minibatches:
+            fail(f"--num-minibatches {args.num_minibatches} must divide --num-envs × --num-steps = {batch_size}")
+        agent = PixelActorCritic(envs.observation_space, envs.action_space).to(run.device)
+        optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+        gradient_of = compiled(pixel_ppo_gradient, run.device) if args.compile else pixel_ppo_gradient
+        clip = torch.tensor(args.clip_coef, device=run.device)  # a number would be a constant of the compiled gradient
+        run.start(envs, agent=agent, optimizer=optimizer)  # all that a checkpoint holds
 
-    obs, infos = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
-    lives = infos.get("lives", np.zeros(args.num_envs))
-    while run.step < args.total_timesteps and not run.interrupted():
-        remaining = 1 - run.step / args.total_timesteps
-        lr.fill_(args.learning_rate * (remaining if args.anneal_lr else 1))
-        clip.fill_(args.clip_coef * (remaining if args.anneal_clip else 1))
+        obs = envs.reset(args.seed + run.step + run.rank * args.num_envs)
+        while run.goes_on():
+            remaining = 1 - run.step / args.total_timesteps
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * (remaining if args.anneal_lr else 1)
+                group["lr"] = float(np.float32(group["lr"]))  # as a float32 tensor, which it was in the runs measured
+            clip.fill_(args.clip_coef * (remaining if args.anneal_clip else 1))
 
-        # Collect T steps from every environment with the policy as it stands.
-        rollout = []
-        for _ in range(args.num_steps):
-            images = to_device(obs, device)
-            with torch.no_grad():
-                logits, values = agent.logits_and_values(agent.encode(images))
-            actions = agent.sample(logits)
-            film.add(obs)
-            obs, next_obs, rewards, terminated, truncated, infos = step_pixel_envs(envs, agent.to_env(actions))
-            film.cut(terminated | truncated)
-            if args.protocol == "nature":
-                lives, before = infos.get("lives", lives), lives
-                terminated = terminated | (lives < before)
-            final_values = torch.zeros_like(values)  # of observations that a time limit ended at
-            if truncated.any():
+            # Collect T steps from every environment with the policy as it stands.
+            rollout, outcomes = [], []
+            for _ in range(args.num_steps):
+                images = torch.as_tensor(obs, device=run.device)
                 with torch.no_grad():
-                    _, final_values = agent.logits_and_values(agent.encode(to_device(next_obs, device)))
-            rewards = np.sign(rewards) if args.clip_rewards else rewards
-            outcome = torch.as_tensor(np.stack([rewards, terminated, truncated]), dtype=torch.float32).to(device)
-            rollout.append((images, actions, logits, values, final_values, outcome))
-            run.step += args.num_envs * world_size
-            run.log_episodes(infos)
+                    logits, values = agent.logits_and_values(images)
+                actions = agent.sample(logits)
+                obs, next_obs, rewards, terminated, truncated = envs.step(agent.to_env(actions))
+                rewards = np.sign(rewards) if args.clip_rewards else rewards
+                final_values = torch.zeros_like(values)  # of observations that a time limit ended at
+                if truncated.any():
+                    with torch.no_grad():
+                        _, final_values = agent.logits_and_values(torch.as_tensor(next_obs, device=run.device))
+                rollout.append((images, actions, logits, values, final_values))
+                outcomes.append((rewards, terminated, truncated))
+                run.advance(envs)
+            observations, actions, logits, values, final_values = map(torch.stack, zip(*rollout))
+            outcomes = (torch.as_tensor(np.array(x), device=run.device) for x in zip(*outcomes))
+            rewards, terminated, truncated = outcomes
 
-        # Estimate advantages and returns; everything is (T, N).
-        observations, actions, logits, values, final_values, outcomes = map(torch.stack, zip(*rollout))
-        rewards, terminated, truncated = outcomes.unbind(1)
-        terminated, truncated = terminated.bool(), truncated.bool()
-        with torch.no_grad():
-            log_probs, _ = categorical_log_prob_and_entropy(logits, actions)
-            _, last_values = agent.logits_and_values(agent.encode(to_device(obs, device)))
-        next_values = torch.cat([values[1:], last_values.unsqueeze(0)])
-        next_values = torch.where(truncated, final_values, next_values)
-        advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
-        returns = advantages + values
+            # Estimate advantages and returns; everything is (T, N).
+            with torch.no_grad():
+                log_probs, _ = categorical_log_prob_and_entropy(logits, actions)
+                _, last_values = agent.logits_and_values(torch.as_tensor(obs, device=run.device))
+            next_values = torch.cat([values[1:], last_values.unsqueeze(0)])
+            next_values = torch.where(truncated, final_values, next_values)
+            advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
+            returns = advantages + values
 
-        # Update: several epochs of shuffled minibatches.
-        batch = [x.flatten(0, 1) for x in (observations, actions, log_probs, values, advantages, returns)]
-        batch[0] = batch[0].contiguous(memory_format=torch.channels_last)  # once, not in every minibatch
-        metrics = []
-        for minibatch in shuffled_minibatches(batch, args.update_epochs, args.num_minibatches):
-            minibatch_metrics, kl_passed = update(agent, optimizer, PixelBatch(*minibatch), clip, args)
-            metrics.append(minibatch_metrics.clone())  # CUDA graphs reuse the memory of their outputs
-            if kl_passed:
-                break
+            # Update: several epochs of shuffled minibatches; row t·N + n is step t of environment n.
+            metrics = []
+            observations = observations.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # once for them all
+            batch = (x.flatten(0, 1) for x in (actions, log_probs, values, advantages, returns))
+            batch = PixelBatch(observations, *batch)
+            for minibatch in shuffled_minibatches(batch, args.update_epochs, args.num_minibatches):
+                optimizer.zero_grad()
+                metrics.append(gradient_of(agent, minibatch, clip, args))
+                if args.target_kl is not None and average(metrics[-1]["approx_kl"]) > 1.5 * args.target_kl:
+                    break
+                optimizer.step()
 
-        # Log.
-        losses = dict(zip(METRICS, torch.stack(metrics).mean(0).tolist()))
-        losses["values"] = values.mean().item()
-        losses["explained_variance"] = explained_variance(values, returns).item()
-        run.log(losses, learning_rate=lr.item())
-        if run.step - run.saved_step >= args.checkpoint_every:
-            run.checkpoint()
-
-    envs.close()
-    return run.finish(agent)
+            explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+            metrics.append({"values": values.mean(), "explained_variance": explained})  # of the returns' variance, by V
+            run.log(metrics, learning_rate=optimizer.param_groups[0]["lr"])
+        return run.finish(agent)
 
 
 # Plumbing: the same in every file ---------------------------------------------------------------------------
@@ -383,50 +384,343 @@ ALGO = Path(__file__).stem
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Stops with one line on stderr; exit code 2 where the request was wrong, 1 where the run went wrong."""
-    tqdm.write(f"{ALGO}.py: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
+    tqdm.write(f"{ALGO}.py: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, below a progress bar
     raise SystemExit(code)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
+    for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
+        stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--env-id", "--env_id", default=Args.env_id)
     early.add_argument("--resume")
     known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id, **RECOMMENDED.get(known.env_id, {})})
+    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
     if known.resume:
-        try:
-            saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
-            saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-            defaults = Args(**saved)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"--resume {known.resume}: not the directory of a run of {ALGO}.py ({error})")
+        defaults = Args(**load_checkpoint(known.resume)["args"])
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{__doc__.splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
+    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
     args = tyro.cli(Args, default=defaults, args=argv, description=description)
     if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
         fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
     return args
 
 
-def set_up(args: Args) -> tuple[int, int, torch.device]:
-    """Seeds, threads, device; meets the other processes under torchrun. Returns (rank, world size, device)."""
-    for name, value in asdict(args).items():
-        if type(value) is int and value < 1 and name != "seed":
-            fail(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if not 0 <= args.seed < 2**32:
-        fail(f"--seed {args.seed} must be from 0 to 2³² − 1")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
-    rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
-    torch.set_num_threads(args.torch_threads)
-    random.seed(args.seed)
-    np.random.seed(args.seed)  # neither is drawn from here: a checkpoint has PyTorch's state alone
-    torch.manual_seed(args.seed)
-    return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+def check_args(args: Args) -> None:
+    """Refuses a value outside the range that its type in Args names."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+            if not all(x is None or low <= x <= high for x in values):
+                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
+
+
+def load_checkpoint(folder: str, **modules) -> dict:
+    """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
+    try:
+        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=True)
+        if state["algo"] != ALGO:
+            raise ValueError(f"it is {state['algo']}.py's")
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
+        fail(f"--resume {folder}: no checkpoint of this {ALGO}.py, or of an older version of it ({error!r:.200})")
+    return state
+
+
+def make_env(args: Args, **kwargs) -> gym.Env:
+    """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
+    try:
+        env = gym.make(args.env_id, **kwargs)
+    except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
+        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
+        fail(f"--env-id {args.env_id}: {error} ({hint})")
+    plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
+    return env if plain else gym.wrappers.FlattenObservation(env)
+
+
+class Envs:
+    """N environments, stepped in turn; where an episode ends, the next one begins within the same step.
+
+    Observations are copies (N, …): float32, bytes as they are, int64 of a Discrete space.
+    """
+
+    def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
+        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
+        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
+        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
+        self.dtype = np.int64 if index else np.uint8 if image else np.float32
+        self.episodes = []  # (environment, return, length) of those that ended in the last step
+        if len(self.observation_space.shape) == 3:
+            fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
+        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
+            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
+            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
+            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+
+    def film(self, args: Args, folder: str, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
+        self.envs[0] = gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), folder, name_prefix=name)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """First observations (N, …); environment i is seeded with seed + i."""
+        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
+
+    def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
+        """(observations to act on, observations reached, rewards, terminated, truncated), each (N, …).
+
+        The two observations differ where an episode ended: it reached its final one, and the next one has begun.
+        """
+        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
+            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
+            rewards[i] = reward = float(reward)
+            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
+            if self.lengths[i] == 1000 and getattr(env, "recording", False):
+                env.stop_recording()  # its frames are kept in memory
+        finite("reward", rewards), finite("observation", reached)
+        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
+        for i, *_ in self.episodes:
+            obs = reached.copy() if obs is reached else obs
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
+        return obs, reached, rewards, terminated, truncated
+
+    def close(self) -> None:
+        """Closes them all."""
+        for env in self.envs:
+            env.close()
+
+
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
+class Run(ExitStack):
+    """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        check_args(args)
+        self.args, self.step, self.updates, self.saved_step, self.longest_episode = args, 0, 0, 0, 0
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        if kind != "cpu" and not getattr(torch, kind).is_available():
+            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
+        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.callback(torch.set_num_threads, torch.get_num_threads())
+        self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        if args.compile:
+            self.compile_backward()
+
+        def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
+            self.stopped = True
+            signal.signal(number, signal.SIG_DFL)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
+                self.callback(signal.signal, number, signal.signal(number, stop))
+        torch.set_num_threads(args.torch_threads)
+        random.seed(args.seed), np.random.seed(args.seed)  # not drawn from here: a checkpoint has PyTorch's state alone
+        torch.manual_seed(args.seed)
+
+    def compile_backward(self) -> None:
+        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
+        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+
+    def __exit__(self, kind, error, trace) -> bool:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+
+    def start(self, envs, **modules) -> None:
+        """Makes a run directory, or opens --resume's. `modules`, with state_dicts, are what a checkpoint holds."""
+        args, self.envs, self.modules, state = self.args, envs, modules, {"seconds": 0, "monitor_size": 0}
+        self.callback(envs.close)
+        self.dir = Path(args.resume) if args.resume else self.new_dir()
+        self.monitor = self.enter_context(open(self.dir / "monitor.csv", "a", buffering=1, newline=""))
+        try:
+            getattr(os, "lockf", max)(self.monitor.fileno(), getattr(os, "F_TLOCK", 0), 0)  # Windows has no such lock
+        except OSError:
+            fail(f"--resume {self.dir}: another process is at it")
+        if args.resume:
+            state = load_checkpoint(args.resume, **modules)
+            self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
+            self.saved_step = self.step
+            torch.set_rng_state(state["rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
+        self.start_time = time.time() - state["seconds"]
+        self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
+        about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
+        about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
+        about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+        if args.capture_video:
+            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
+        self.callback(self.writer.close)
+        if not args.resume:
+            self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
+            self.checkpoint()
+        settings = {name: value == getattr(args, name) for name, value in RECOMMENDED.get(args.env_id, {}).items()}
+        texts = {yes: [f"{x}={getattr(args, x)}" for x in settings if settings[x] is yes] for yes in (True, False)}
+        print(f"recommended settings taken: {' '.join(texts[True])}; overridden: {' '.join(texts[False])}", flush=True)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
+        self.callback(self.bar.close)
+
+    def new_dir(self) -> Path:
+        """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
+        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
+        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+                with suppress(FileExistsError):
+                    path.mkdir()
+                    return path
+        except OSError as error:
+            fail(f"--output-dir {self.args.output_dir}: {error}")
+
+    def goes_on(self) -> bool:
+        """Whether there are steps left and nobody has asked to stop; writes a checkpoint where one is due."""
+        if self.step - self.saved_step >= self.args.checkpoint_every:
+            self.checkpoint()
+        return self.step < self.args.total_timesteps and not self.stopped
+
+    def checkpoint(self) -> None:
+        """Writes checkpoint.pt under another name and renames it: whenever the process dies, a whole one is there."""
+        networks = [module for module in self.modules.values() if isinstance(module, nn.Module)]
+        if not all(x.isfinite().all() for network in networks for x in network.parameters()):
+            fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
+        state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
+        try:
+            torch.save(state, self.dir / "checkpoint.tmp")
+            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
+            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
+        self.saved_step = self.step
+
+    def advance(self, envs) -> None:
+        """Counts a step of all environments, and writes down the episodes that it ended."""
+        self.step += envs.num_envs
+        for _, episode_return, length in envs.episodes:
+            self.longest_episode = max(self.longest_episode, length)
+            self.recent_returns.append(episode_return)
+            self.monitor.write(f"{episode_return:.6f},{length},{time.time() - self.start_time:.6f}\n")
+            self.writer.add_scalar("charts/episodic_return", episode_return, self.step)
+            self.writer.add_scalar("charts/episodic_length", length, self.step)
+
+    def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
+        """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
+        names = dict.fromkeys(itertools.chain(*metrics))
+        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
+        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
+        charts["SPS"] = self.step / (time.time() - self.start_time)
+        for group, values in (("losses", losses), ("charts", charts)):
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, self.step)
+        self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
+        self.bar.update(self.step - self.bar.n)
+
+    def finish(self, policy: nn.Module) -> dict:
+        """Last checkpoint; then, unless the run was interrupted, policy.pt2, the evaluation and the last two lines."""
+        self.checkpoint()
+        self.bar.close()
+        if self.stopped:
+            print(f"stopped at step {self.step}; to go on: --resume {self.dir}", file=sys.stderr)
+            raise SystemExit(130)
+        export_policy(policy, self.envs, self.dir / "policy.pt2")
+        limit = self.envs.time_limit or 10 * self.longest_episode or 1000
+        if self.envs.time_limit is None:
+            print(f"{self.args.env_id} has no time limit: evaluation cuts episodes after {limit} steps")
+        returns = evaluate(policy, self.args, type(self.envs), max_episode_steps=limit)
+        self.writer.add_scalar("eval/episodic_return", returns.mean(), self.step)
+        print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+        print(f"run directory: {self.dir}", flush=True)
+        return {"run_dir": self.dir, "returns": returns}
+
+
+@torch.no_grad()
+def evaluate(policy: nn.Module, args: Args, envs_class: type = Envs, **kwargs) -> np.ndarray:
+    """Returns (eval_episodes,) of the deterministic policy; episode i is reset with seed + 1 000 000 + i."""
+    envs, training = envs_class(args, min(args.num_envs, args.eval_episodes), **kwargs), policy.training
+    returns, device = np.full(args.eval_episodes, np.nan), next(policy.parameters()).device
+    policy.eval()
+    for first in range(0, args.eval_episodes, envs.num_envs):
+        obs, playing = envs.reset(args.seed + 1_000_000 + first), returns[first : first + envs.num_envs]
+        while np.isnan(playing).any():
+            obs, *_ = envs.step(policy(torch.as_tensor(obs, device=device)))
+            for i, episode_return, _ in envs.episodes:
+                if i < len(playing) and np.isnan(playing[i]):
+                    playing[i] = episode_return
+    envs.close()
+    policy.train(training)
+    return returns
+
+
+def export_policy(policy: nn.Module, envs, path: Path) -> None:
+    """Saves `policy.forward` (and all its weights): `torch.export.load(path).module()(obs)`, any batch size."""
+    example = torch.as_tensor(np.stack([envs.observation_space.sample()] * 2).astype(envs.dtype))
+    policy, shapes = copy.deepcopy(policy).cpu().eval(), ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=shapes), path)
+
+
+# Data parallel under torchrun -------------------------------------------------------------------------------
+
+
+class ParallelRun(Run):
+    """A Run of which torchrun may start several: each has its own environments and noise; only the first writes."""
+
+    def __init__(self, args: Args):
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        super().__init__(args)
+        if self.world_size > 1:
+            dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
+            self.callback(dist.destroy_process_group)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+    def start(self, envs, **modules) -> None:
+        """As in one process; those that do not write load the checkpoint, and draw random numbers of their own."""
+        if self.rank == 0:
+            return super().start(envs, **modules)
+        if self.args.resume:
+            self.step = load_checkpoint(self.args.resume, **modules)["step"]
+        torch.manual_seed(self.args.seed + self.step + self.rank)
+        self.log = self.checkpoint = lambda *_, **__: None
+
+    def goes_on(self) -> bool:
+        """As in one process; a signal to one of them stops all."""
+        self.stopped = average(torch.tensor(float(self.stopped))).item() > 0
+        return super().goes_on()
+
+    def advance(self, envs) -> None:
+        """Counts a step of the environments of all processes; the first logs its own episodes."""
+        self.step += (self.world_size - (self.rank == 0)) * self.args.num_envs
+        return super().advance(envs) if self.rank == 0 else None
+
+    def finish(self, policy: nn.Module) -> dict:
+        """Done by the first process."""
+        return super().finish(policy) if self.rank == 0 else {}
 
 
 def average(x: Tensor) -> Tensor:
@@ -438,260 +732,20 @@ def average(x: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def average_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of each over the processes of torchrun, in one message."""
-    flat = average(torch.cat([x.flatten() for x in tensors]))
-    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
+def average_gradients(module: nn.Module) -> None:
+    """Each parameter's .grad becomes its mean over the processes."""
+    if dist.is_initialized():
+        for parameter in module.parameters():
+            parameter.grad.copy_(average(parameter.grad))
 
 
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
-        torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
-
-
-def to_device(x: np.ndarray, device: torch.device) -> Tensor:
-    """An array's copy on the device; on its way to CUDA from pinned memory, without waiting."""
-    x = torch.from_numpy(np.array(x))
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def make_pixel_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
-    """Environments of the protocol that reset within the step that ends an episode; rewards are the game's own.
-
-    ale_py steps its environments in C++ threads; other environments with images are stepped one after another.
-    """
-    gym.register_envs(ale_py)
-    options = dict(autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    nature = args.protocol == "nature"
-    try:
-        if args.env_id.startswith("ALE/"):
-            options |= dict(repeat_action_probability=0.0 if nature else 0.25, noop_max=30 if nature else 0)
-            options |= dict(use_fire_reset=nature, reward_clipping=False, full_action_space=args.full_action_space)
-            envs = gym.make_vec(args.env_id, num_envs, **options)
-        else:
-            envs = gym.make_vec(args.env_id, num_envs, vectorization_mode="sync", vector_kwargs=options)
-    except (gym.error.Error, ImportError, AssertionError) as error:
-        fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
-
-
-def check_pixel_spaces(args: Args) -> tuple[Box, Discrete]:
-    """One environment's observation and action space; refuses what the network cannot take."""
-    envs = make_pixel_envs(args, 1)
-    envs.close()
-    images, actions = envs.single_observation_space, envs.single_action_space
-    if not isinstance(images, Box) or images.dtype != np.uint8 or len(images.shape) != 3 or min(images.shape[1:]) < 36:
-        fail(
-            f"{args.env_id} has the observation space {images}; {ALGO} needs uint8 images (C, H, W) of at least "
-            "36 × 36. Atari's games are called ALE/Breakout-v5 and so on; for vectors use ppo.py or dqn.py."
-        )
-    if not isinstance(actions, Discrete):
-        fail(f"{args.env_id} has the action space {actions}; {ALGO} needs Discrete.")
-    return images, actions
-
-
-def step_pixel_envs(envs: gym.vector.VectorEnv, actions: Tensor) -> tuple:
-    """(observation to act on, observation reached, rewards, terminated, truncated, infos).
-
-    The two observations differ where an episode ended: it reached its final one, and the next one has begun.
-    """
-    obs, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
-    reached, ended = obs, terminated | truncated
-    if ended.any():
-        reached = obs.copy()
-        for i in np.flatnonzero(ended):
-            reached[i] = infos["final_obs"][i]
-    if not np.isfinite(rewards).all():
-        fail("the environment gave a reward that is not finite; the last checkpoint stays", code=1)
-    return obs, reached, rewards, terminated, truncated, infos
-
-
-class Film:
-    """Episodes 0, 1, 8, 27, 64 … of the first environment, as the agent sees them; none where there is no folder."""
-
-    def __init__(self, folder: Path | None):
-        self.folder, self.frames, self.episode = folder, [], 0
-
-    def add(self, obs: np.ndarray) -> None:
-        """The newest image of the first environment's observation; obs (N, C, H, W)."""
-        if self.folder and capped_cubic_video_schedule(self.episode):
-            self.frames.append(np.repeat(obs[0, -1, :, :, None], 3, axis=2))
-
-    def cut(self, ended: np.ndarray) -> None:
-        """Writes the film where the first environment's episode has ended (N,)."""
-        if self.folder and ended[0]:
-            if self.frames:
-                save_video(self.frames, str(self.folder), fps=15, episode_index=self.episode)
-            self.frames, self.episode = [], self.episode + 1
-
-
-class Run:
-    """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
-
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
-    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
-    """
-
-    def __init__(self, args: Args, rank: int, modules: dict):
-        self.args, self.rank, self.modules, self.signals, self.stopped = args, rank, modules, [], False
-        self.step, self.saved_step, self.seconds, self.monitor_size = 0, 0, 0.0, 0
-        self.dir = Path(args.resume) if args.resume else None
-        if args.resume:
-            self.restore()
-        elif rank == 0:
-            self.dir = self.new_dir()
-        self.start_step, self.start_time = self.step, time.time() - self.seconds
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        if rank > 0:
-            torch.manual_seed(args.seed + self.step + rank)
-            return
-        about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
-        about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
-        about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        (self.dir / "args.tmp").write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(self.dir / "args.tmp", self.dir / "args.json")
-        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
-        self.monitor = open(self.dir / "monitor.csv", "a", buffering=1)
-        self.monitor.truncate(self.monitor_size)  # episodes after the checkpoint will be lived through again
-        if self.monitor_size == 0:
-            header = {"t_start": self.start_time, "env_id": args.env_id}
-            self.monitor.write(f"#{json.dumps(header)}\nr,l,t\n")
-            self.checkpoint()
-        self.recent_returns = deque(maxlen=100)
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
-
-    def new_dir(self) -> Path:
-        """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        name = f"{self.args.env_id.replace('/', '-')}__{ALGO}__{self.args.seed}__{int(time.time())}"
-        for n in itertools.count():
-            path = Path(self.args.output_dir) / (f"{name}_{n}" if n else name)
-            try:
-                path.mkdir(parents=True)
-                return path
-            except FileExistsError:
-                pass
-            except OSError as error:
-                fail(f"--output-dir {self.args.output_dir}: {error}")
-
-    def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM let the iteration in progress end; a second one stops at once."""
-        self.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    def interrupted(self) -> bool:
-        """Whether this process, or another one under torchrun, was asked to stop."""
-        self.stopped = average(torch.tensor(float(len(self.signals)))).item() > 0
-        return self.stopped
-
-    def checkpoint(self) -> None:
-        """Writes checkpoint.pt under another name and renames it: whenever the process dies, a whole one is there."""
-        if self.rank > 0:
-            return
-        weights = [x for module in self.modules.values() if isinstance(module, nn.Module) for x in module.parameters()]
-        if not all(x.isfinite().all() for x in weights):
-            fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
-        state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"step": self.step, "seconds": time.time() - self.start_time}
-        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
-        state["rng"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        torch.save(state, self.dir / "checkpoint.tmp")
-        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
-        self.saved_step = self.step
-
-    def restore(self) -> None:
-        """Loads checkpoint.pt into the modules, the counters and PyTorch's random state."""
-        try:
-            state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-            for name, module in self.modules.items():
-                module.load_state_dict(state[name])
-            self.step = self.saved_step = state["step"]
-            self.seconds, self.monitor_size = state["seconds"], state["monitor_size"]
-            torch.set_rng_state(state["rng"]["torch"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this run
-            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            fail(f"--resume {self.dir}: checkpoint.pt cannot be used ({reason})")
-
-    def log_episodes(self, infos: dict) -> None:
-        """Writes the episodes that ended in this step to monitor.csv and TensorBoard."""
-        if self.rank > 0 or "episode" not in infos:
-            return
-        for i in np.flatnonzero(infos["_episode"]):
-            episode_return, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
-            self.monitor.write(f"{episode_return:.6f},{length},{time.time() - self.start_time:.6f}\n")
-            self.writer.add_scalar("charts/episodic_return", episode_return, self.step)
-            self.writer.add_scalar("charts/episodic_length", length, self.step)
-            self.recent_returns.append(episode_return)
-
-    def log(self, losses: dict[str, float], **charts: float) -> None:
-        """Writes losses/* and charts/* to TensorBoard and moves the progress bar; stops where a loss is not finite."""
-        bad = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
-        if bad:
-            fail(f"{bad} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
-        if self.rank > 0:
-            return
-        charts["SPS"] = (self.step - self.start_step) / (time.time() - self.start_time - self.seconds)
-        for group, values in (("losses", losses), ("charts", charts)):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{group}/{name}", value, self.step)
-        if self.recent_returns:
-            self.bar.set_postfix({"return": f"{np.mean(self.recent_returns):.1f}"}, refresh=False)
-        self.bar.update(self.step - self.bar.n)
-
-    def finish(self, policy: nn.Module) -> dict:
-        """Last checkpoint; then, unless the run was interrupted, policy.pt2, the evaluation and the last two lines."""
-        self.checkpoint()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if self.rank > 0:
-            return {}
-        self.bar.close()
-        self.monitor.close()
-        if self.stopped:
-            print(f"stopped at step {self.step}; to go on: --resume {self.dir}", file=sys.stderr)
-            raise SystemExit(130)
-        export_policy(policy, self.dir / "policy.pt2")
-        returns = evaluate(policy, self.args)
-        self.writer.add_scalar("eval/episodic_return", returns.mean(), self.step)
-        self.writer.close()
-        print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-        print(f"run directory: {self.dir}")
-        return {"run_dir": self.dir, "returns": returns}
-
-
-@torch.no_grad()
-def evaluate_games(policy: nn.Module, args: Args) -> np.ndarray:
-    """Scores (eval_episodes,) of fresh games under the protocol with the deterministic policy."""
-    envs = make_pixel_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 1_000_000)
-    scores, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    device = next(policy.parameters()).device
-    while running.any():
-        obs, _, rewards, terminated, truncated, _ = step_pixel_envs(envs, policy(to_device(obs, device)))
-        scores += rewards * running
-        running &= ~(terminated | truncated)
-    envs.close()
-    return scores
-
-
-evaluate = evaluate_games
-"""What Run asks for."""
-
-
-def export_policy(policy: nn.Module, path: Path) -> None:
-    """Saves `policy.forward` for the CPU: `torch.export.load(path).module()(obs)`, any batch size.
-
-    The module's other weights, critics for instance, go into the file as well.
-    """
-    policy = copy.deepcopy(policy).cpu()
-    example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
-    program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
+def gathered(batch: Tensor) -> Tensor:
+    """The batches (B, …) of all processes as one, B the same in each."""
+    if not dist.is_initialized():
+        return batch
+    parts = [torch.empty_like(batch) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, batch.contiguous())
+    return torch.cat(parts)
 
 
 if __name__ == "__main__":

@@ -10,33 +10,26 @@ after every few steps takes gradient steps on minibatches from it, towards targe
     θ⁻ ← (1 − τ) θ⁻ + τ θ
 
 The policy is a Gaussian u ~ N(m(s), σ(s)²) squashed by a = tanh u, so log π(a|s) = log N(u) − Σ log(1 − tanh² u).
-Details that matter, and why:
 - log(1 − tanh² u) is 2 (log 2 − u − log(1 + e⁻²ᵘ)): exact where tanh u rounds to ±1, and nothing is added for safety.
 - The minimum over critics: a policy that climbs one critic finds its errors; a minimum errs on the low side.
-- log σ is kept within [−20, 2].
 - A time limit is not a termination: a truncated step bootstraps from its true final observation.
-- Actions are in [−1, 1] everywhere, the replay buffer included, and scaled to the space's bounds on their way into
-  the environment; entropies are those of actions in [−1, 1].
-- The critics are one network with an extra dimension: M of them cost one batched product per layer.
+- Actions, also those in the replay buffer, and entropies are of [−1, 1]^A, scaled on their way into the environment.
 
-REDQ (Chen et al. 2021, arXiv 2101.05982) draws a random few of many critics for each target, so that many gradient
-steps per environment step do not overestimate; its policy climbs the critics' mean, once per environment step. The
-paper's N is --num-critics, its M --critic-subset:
+REDQ (Chen et al. 2021, arXiv 2101.05982) draws --critic-subset of --num-critics for each target, so that many gradient
+steps per environment step do not overestimate; its policy climbs the critics' mean, once per environment step:
 
     python algos/sac.py --env-id Hopper-v5 --num-critics 10 --critic-subset 2 --gradient-steps 20 --policy-delay 20
 
-Against Stable-Baselines3: the same update (parameters and α agree to 1e-5 after 200 gradient steps,
+Against Stable-Baselines3 (SB3): the same update (parameters and α agree to 1e-5 after 200 gradient steps,
 tests/test_sac.py), but for the 1e-6 that SB3 adds to 1 − tanh² u.
 
     python algos/sac.py                                   # Pendulum-v1
     python algos/sac.py --env-id HalfCheetah-v5 --seed 3
-    python algos/sac.py --resume runs/HalfCheetah-v5__sac__3__…
-    torchrun --nproc-per-node 2 algos/sac.py  # data parallel: each process has its own environments and
-                                              # buffer, but after --resume all begin with rank 0's
 """
 
 import argparse
 import copy
+import errno
 import hashlib
 import itertools
 import json
@@ -44,105 +37,82 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
+import threading
 import time
-import warnings
-from collections import deque
-from collections.abc import Callable
+from collections import deque, namedtuple
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+Count = Annotated[int, (1, math.inf, "at least 1")]
+Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
+Fraction = Annotated[float, (0, 1, "from 0 to 1")]
+Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
+NotNegative = Annotated[float, (0, sys.float_info.max, "0 or more")]
 
 
 @dataclass
 class Args:
     # run
-    seed: int = 1
-    """seed of everything random; same seed, same machine and thread count: same bits on CPU"""
-    total_timesteps: int = 100_000
-    """environment steps, over all environments and processes"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks and the replay buffer live; auto takes CUDA when there is one"""
-    torch_threads: int = 1
-    """CPU threads for PyTorch; two are faster than one for layers of 256, if there are cores to spare"""
-    compile: bool = False
-    """compile the gradient with torch.compile: pays in runs of several minutes; on a GPU acting and updates become
-    CUDA graphs, too, unless torchrun runs several processes"""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of float32 products, see torch.set_float32_matmul_precision: below highest a GPU may round to TF32, with medium a
-    CPU to bfloat16; medium also takes oneDNN's in place of MKL's: benchmarks/README.md has where that is faster"""
-    output_dir: str = "runs"
-    """folder that run directories are made in"""
-    resume: str | None = None
-    """run directory to go on in, with its own arguments; only --total-timesteps may be changed, schedules go by it"""
-    checkpoint_every: int = 50_000
-    """environment steps between checkpoints, which hold the replay buffer too"""
-    eval_episodes: int = 10
-    """episodes of the final evaluation, with the deterministic policy"""
-    capture_video: bool = False
-    """record episodes 0, 1, 8, 27, 64 … of the first environment to the run directory's videos/"""
+    seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
+    total_timesteps: Count = 100_000  # environment steps
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where networks and replay buffer live; auto prefers CUDA
+    torch_threads: Count = 1  # CPU threads for PyTorch; for layers of 256 two are faster, if there are cores to spare
+    compile: bool = False  # torch.compile: pays in runs of several minutes; on a GPU updates become CUDA graphs, too
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products; lower may round
+    output_dir: str = "runs"  # folder that run directories are made in
+    resume: str | None = None  # run directory to go on in, with its own flags; --total-timesteps alone may be changed
+    checkpoint_every: Count = 50_000  # environment steps between checkpoints, which hold the replay buffer too
+    eval_episodes: Count = 10  # episodes of the final evaluation, with the deterministic policy
+    capture_video: bool = False  # record episodes 0, 1, 8, 27, 64 … of the first environment to the run's videos/
 
     # environment
-    env_id: str = "Pendulum-v1"
-    """gymnasium environment; its recommended settings, where there are some, become the defaults"""
-    num_envs: int = 1
-    """parallel environments N (per process)"""
+    env_id: str = "Pendulum-v1"  # gymnasium environment; its recommended settings, if any, become the defaults
+    num_envs: Count = 1  # parallel environments N
 
     # algorithm
-    buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds (per process)"""
-    learning_starts: int = 5_000
-    """environment steps with random actions before the first update; a run that is no longer never learns"""
-    batch_size: int = 256
-    """transitions per gradient step (per process)"""
-    train_frequency: int = 1
-    """steps of every environment between updates"""
-    gradient_steps: int = 1
-    """gradient steps per update, whatever the number of environments"""
-    learning_rate: float = 3e-4
-    """Adam's step size, for policy, critics and temperature"""
-    gamma: float = 0.99
-    """discount γ"""
-    tau: float = 0.005
-    """share τ of the trained networks in an update of the target critics"""
-    num_critics: int = 2
-    """critics M; more than --critic-subset make it REDQ"""
-    critic_subset: int = 2
-    """critics drawn for each target, which takes their minimum; if fewer than M, the policy climbs the mean of all M"""
-    policy_delay: int = 1
-    """gradient steps of the critics per step of the policy and of the temperature"""
-    alpha: float = 1.0
-    """temperature α: weight of the entropy; with --autotune, the first one"""
-    autotune: bool = True
-    """learn α so that the policy's entropy is --target-entropy"""
-    target_entropy: float | None = None
-    """entropy H̄ in nats of actions in [−1, 1]^A, at most A log 2, for --autotune; None: −A"""
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    """ReLU layers of the policy and of each critic"""
+    buffer_size: Count = 1_000_000  # transitions that the replay buffer holds
+    learning_starts: Count = 5_000  # environment steps with random actions before the first update
+    batch_size: Count = 256  # transitions per gradient step
+    train_frequency: Count = 1  # steps of every environment between updates
+    gradient_steps: Count = 1  # gradient steps per update, whatever the number of environments
+    learning_rate: Positive = 3e-4  # Adam's step size, for policy, critics and temperature
+    gamma: Fraction = 0.99  # discount γ
+    tau: Fraction = 0.005  # share τ of the trained networks in an update of the target critics
+    num_critics: Count = 2  # critics M; more than --critic-subset make it REDQ
+    critic_subset: Count = 2  # critics drawn for each target; if fewer than M, the policy climbs the mean of all M
+    policy_delay: Count = 1  # gradient steps of the critics per step of the policy and of the temperature
+    alpha: Positive = 1.0  # temperature α: weight of the entropy; with --autotune, the first one
+    autotune: bool = True  # learn α so that the policy's entropy is --target-entropy
+    target_entropy: float | None = None  # entropy H̄ in nats of actions in [−1, 1]^A, at most A log 2; None: −A
+    hidden_sizes: tuple[Count, ...] = (256, 256)  # ReLU layers of the policy and of each critic
 
 
 # fmt: off
 MUJOCO = dict(total_timesteps=1_000_000, learning_starts=10_000)
-RECOMMENDED = {
+RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit flag wins
     "Pendulum-v1": dict(total_timesteps=20_000, learning_starts=100, learning_rate=1e-3),
     **{f"{name}-v5": MUJOCO for name in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "InvertedPendulum")},
     "Humanoid-v5": MUJOCO | dict(total_timesteps=2_000_000),
     "Swimmer-v5": MUJOCO | dict(gamma=0.999),
 }
 # fmt: on
-"""Settings by environment id: `--env-id` alone takes them, an explicit flag wins."""
 
 
 # Networks ---------------------------------------------------------------------------------------------------
@@ -151,83 +121,58 @@ RECOMMENDED = {
 def relu_mlp(sizes: list[int]) -> nn.Sequential:
     """ReLU layers of the given sizes, the last one linear; PyTorch's own initialisation."""
     layers = []
-    for inputs, outputs in itertools.pairwise(sizes):
+    for inputs, outputs in itertools.pairwise(sizes[:-1]):
         layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
-def storage_dtype(space: gym.Space) -> torch.dtype:
-    """What a replay buffer keeps of a space: uint8 as it is, an index as int64, other numbers as float32."""
-    if isinstance(space, Discrete):
-        return torch.int64
-    return torch.uint8 if space.dtype == np.uint8 else torch.float32
+class ToBox(nn.Module):
+    """Actions (…, A) → what a Box takes: within its bounds, rounded where it holds integers, in its dtype."""
 
-
-class EnsembleLinear(nn.Module):
-    """M linear layers, each with its own weights, in one product."""
-
-    def __init__(self, members: int, inputs: int, outputs: int):
+    def __init__(self, space: Box):
         super().__init__()
-        bound = inputs**-0.5  # as nn.Linear
-        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
+        self.dtype, exact = torch.as_tensor(space.low).dtype, np.float32 if space.dtype == np.float32 else np.float64
+        self.register_buffer("bounds", torch.as_tensor(np.stack([space.low, space.high]).astype(exact)))
 
-    def forward(self, x: Tensor, members: slice | Tensor | None) -> Tensor:
-        """x (K or 1, B, in) → (K, B, out), by the K members asked for, or by all; an index that takes all would copy
-        the weights' gradients."""
-        weight, bias = (x if members is None else x[members] for x in (self.weight, self.bias))
-        return torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
+    def forward(self, actions: Tensor) -> Tensor:
+        """(…, A), of any float type."""
+        actions = actions.clamp(*self.bounds)
+        return (actions if self.dtype.is_floating_point else actions.round()).to(self.dtype)
 
 
-class CriticEnsemble(nn.Module):
-    """Q_1 … Q_M(s, a): states (B, D) and actions (B, A) in [−1, 1] → values (M, B).
+class Critics(nn.ModuleList):
+    """Q_1 … Q_M: states (B, D) and actions (B, A) in [−1, 1] → values (M, B)."""
 
-    What a fork puts between the layers, such as a norm, needs weights (M, 1, H) that are indexed by `members` as
-    EnsembleLinear's are: those of nn.LayerNorm would be one set for all critics, without an error.
-    """
+    def __init__(self, members: int, inputs: int, hidden_sizes: tuple[int, ...]):
+        super().__init__(relu_mlp([inputs, *hidden_sizes, 1]) for _ in range(members))
 
-    def __init__(self, members: int, inputs: int, hidden_sizes):
-        super().__init__()
-        sizes = itertools.pairwise([inputs, *hidden_sizes, 1])
-        self.layers = nn.ModuleList(EnsembleLinear(members, *inputs_outputs) for inputs_outputs in sizes)
-
-    def forward(self, states: Tensor, actions: Tensor, members: slice | Tensor | None = None) -> Tensor:
-        """Values (K, B) of the K members asked for, of all by default."""
-        x = torch.cat([states, actions], -1).unsqueeze(0)
-        for layer in self.layers[:-1]:
-            x = layer(x, members).relu_()
-        return self.layers[-1](x, members).squeeze(-1)
+    def forward(self, states: Tensor, actions: Tensor) -> Tensor:
+        """Of each critic for each pair."""
+        x = torch.cat([states, actions], -1)
+        return torch.stack([critic(x) for critic in self]).squeeze(-1)
 
 
 class SoftActorCritics(nn.Module):
     """Policy π(a|s) on [−1, 1]^A, critics Q_i(s, a) and temperature α. `forward` is the policy without noise.
 
-    Observations are (…, D) float32 or uint8 for a Box, (…,) int64 for a Discrete space, and states s (…, D) what
-    `encode` makes of them. Actions (…, A) are in [−1, 1], which `to_env` scales to the space's bounds.
+    Observations are (…, D) of a Box, (…,) int64 of a Discrete space; states s (…, D) are what `encode` makes of them.
+    Actions (…, A) are in [−1, 1], which `to_env` scales to the space's bounds.
     """
 
     def __init__(self, observation_space, action_space, hidden_sizes, num_critics, alpha=1.0):
         super().__init__()
-        self.observation_space, self.action_space = observation_space, action_space
-        self.observation_dtype = storage_dtype(observation_space)
-        self.one_hot = isinstance(observation_space, Discrete)
+        self.observation_space, self.one_hot = observation_space, isinstance(observation_space, Discrete)
         inputs = int(observation_space.n) if self.one_hot else observation_space.shape[0]
         self.action_size = action_space.shape[0]
         self.actor = relu_mlp([inputs, *hidden_sizes, 2 * self.action_size])
-        self.critics = CriticEnsemble(num_critics, inputs + self.action_size, hidden_sizes)
-        self.temperature = nn.ParameterDict({"log_alpha": torch.tensor(alpha).log()})  # a module, for vector_adam
-        self.register_buffer("low", torch.as_tensor(action_space.low))
-        self.register_buffer("high", torch.as_tensor(action_space.high))
+        self.critics = Critics(num_critics, inputs + self.action_size, hidden_sizes)
+        self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
+        self.to_box = ToBox(action_space)
 
-    @property
-    def alpha(self) -> Tensor:
-        """The temperature, as a constant."""
-        return self.temperature["log_alpha"].detach().exp()
-
-    def sample(self, states: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """a ~ π(·|s) in [−1, 1] and its log-probability, (…, A) and (…,), from standard Gaussian noise (…, A)."""
+    def policy(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of u, each (…, A); an action is tanh u."""
         mean, log_std = self.actor(states).chunk(2, -1)
-        return squashed_gaussian(mean, log_std.clamp(-20, 2), noise)
+        return mean, log_std.clamp(-20, 2)
 
     def encode(self, obs: Tensor) -> Tensor:
         """Observations → states: one-hot for a Discrete space."""
@@ -237,29 +182,19 @@ class SoftActorCritics(nn.Module):
 
     def to_env(self, actions: Tensor) -> Tensor:
         """[−1, 1] → the space's bounds, linearly in each dimension."""
-        return (self.low + (actions + 1) / 2 * (self.high - self.low)).clamp(self.low, self.high)
+        low, high = self.to_box.bounds
+        return self.to_box(low + (actions + 1) / 2 * (high - low))
 
     def forward(self, obs: Tensor) -> Tensor:
         """The action of the Gaussian's mean."""
-        return self.to_env(self.actor(self.encode(obs)).chunk(2, -1)[0].tanh())
+        return self.to_env(self.policy(self.encode(obs))[0].tanh())
 
 
 # Replay -----------------------------------------------------------------------------------------------------
 
-
-class Transitions(NamedTuple):
-    """Steps of an environment, first dimension B; each next observation is the one that its step truly led to.
-
-    A one-step target needs `terminated` alone. An n-step target must not go on past `truncated` either, nor past the
-    newest rows of a buffer: n_step_transitions of dqn.py.
-    """
-
-    observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    next_observations: Tensor
-    terminated: Tensor
-    truncated: Tensor
+# Steps of an environment, first dimension B; each next observation is the one that its step truly led to. A one-step
+# target needs `terminated` alone; one of several steps must not go on past `truncated` either (see dqn.py).
+Transitions = namedtuple("Transitions", "observations actions rewards next_observations terminated truncated")
 
 
 class ReplayBuffer:
@@ -272,17 +207,15 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
         self.capacity, self.num_envs, self.position, self.size = capacity // num_envs * num_envs, num_envs, 0, 0
-        observation = observation_space.shape, storage_dtype(observation_space)
+        index, image = isinstance(observation_space, Discrete), observation_space.dtype == np.uint8
+        observation = observation_space.shape, torch.int64 if index else torch.uint8 if image else torch.float32
         action = action_space.shape, torch.int64 if isinstance(action_space, Discrete) else torch.float32
-        flag = (), torch.bool
-        layout = Transitions(observation, action, ((), torch.float32), observation, flag, flag)
-        needed = sum(self.capacity * int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout)
+        layout = Transitions(observation, action, ((), torch.float32), observation, ((), torch.bool), ((), torch.bool))
+        needed = sum(self.capacity * math.prod(shape) * dtype.itemsize for shape, dtype in layout)
         if self.capacity == 0:
             fail(f"--buffer-size {capacity} must be at least --num-envs {num_envs}")
         if needed > (free := free_memory(device)):
-            fail(
-                f"--buffer-size {capacity} needs {needed:,} bytes, and {device} has {free:,} free: choose a smaller one"
-            )
+            fail(f"--buffer-size {capacity} needs {needed:,} bytes, {device} has {free:,} free: choose a smaller one")
         self.data = Transitions(*(torch.zeros(self.capacity, *shape, dtype=x, device=device) for shape, x in layout))
 
     def add(self, *transitions) -> None:
@@ -305,14 +238,10 @@ class ReplayBuffer:
         return Transitions(*(stored.index_select(0, rows) for stored in self.data))
 
     def state_dict(self) -> dict:
-        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones.
-
-        What else a fork keeps has to be added here and below, as tensors or plain values: a checkpoint holds no more.
-        """
-        full = self.size == self.capacity
-        state = {name: x if full else x[: self.size].clone() for name, x in self.data._asdict().items()}
+        """The rows in use, and where the next ones go; the newest end an episode, as a resumed run begins new ones."""
+        state = {name: x[: self.size].clone() for name, x in self.data._asdict().items()}
         newest = (self.position - 1 - torch.arange(min(self.num_envs, self.size))) % self.capacity
-        state["truncated"] = state["truncated"].index_put((newest,), ~state["terminated"][newest])
+        state["truncated"][newest] = ~state["terminated"][newest]
         return state | {"position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
@@ -322,14 +251,13 @@ class ReplayBuffer:
         self.position, self.size = state["position"], len(state["rewards"])
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had on `device`, by CUDA or Linux (a container's limit aside); else all that there is."""
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be had on `device`, where CUDA or Linux tells (a container's limit aside)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
+    with suppress(OSError, TypeError):
         return 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
 
 
 # The maths --------------------------------------------------------------------------------------------------
@@ -351,132 +279,81 @@ def soft_q_target(rewards, terminated, next_q: Tensor, next_log_probs, alpha: Te
     return rewards + gamma * (next_q.min(0).values - alpha * next_log_probs) * ~terminated
 
 
-def sac_critic_loss(agent, target, batch: Transitions, noise: Tensor, members, args: Args) -> tuple[Tensor, Tensor]:
-    """L(θ) on a minibatch, and the mean of Q_i(s, a) over critics and minibatch; noise (B, A) is that of a'.
+def sac_critic_gradient(agent, target, batch: tuple, noise: Tensor, members: Tensor | None, args: Args) -> dict:
+    """Leaves ∇L(θ) of a minibatch in the critics' .grad, and returns what to log; noise (B, A) is that of a'.
 
-    The target takes the minimum over those of the target critics that `members` picks.
+    The target takes the minimum over those of the target critics that `members` picks, or over all.
     """
     with torch.no_grad():
         next_states = agent.encode(batch.next_observations)
-        next_actions, next_log_probs = agent.sample(next_states, noise)
-        next_q = target(next_states, next_actions, members)
-        targets = soft_q_target(batch.rewards, batch.terminated, next_q, next_log_probs, agent.alpha, args.gamma)
+        next_actions, next_log_probs = squashed_gaussian(*agent.policy(next_states), noise)
+        next_q = target(next_states, next_actions)
+        next_q = next_q if members is None else next_q[members]
+        alpha = agent.log_alpha.exp()
+        targets = soft_q_target(batch.rewards, batch.terminated, next_q, next_log_probs, alpha, args.gamma)
     q_values = agent.critics(agent.encode(batch.observations), batch.actions)
-    return 0.5 * (q_values - targets).square().mean(1).sum(), q_values.mean()
+    loss = 0.5 * (q_values - targets).square().mean(1).sum()
+    loss.backward()
+    return {"critic_loss": loss.detach(), "q_values": q_values.detach().mean()}
 
 
-def sac_actor_loss(agent, states: Tensor, noise: Tensor, alpha: Tensor, use_mean: bool) -> tuple[Tensor, Tensor]:
-    """−J(φ) on states (B, D), and log π(ã|s) (B,); judged by the critics' minimum, or by their mean."""
-    actions, log_probs = agent.sample(states, noise)
+def sac_actor_gradient(agent, batch: tuple, noise: Tensor, args: Args) -> dict[str, Tensor]:
+    """Leaves −∇J(φ) of a minibatch in the actor's .grad and, with --autotune, ∇L(α) in log α's; returns what to log.
+
+    L(α) is eq. 18 of arXiv 1812.05905 with log α for α: descending it lowers α where the entropy is above H̄.
+    """
+    states, alpha = agent.encode(batch.observations), agent.log_alpha.detach().exp()
+    actions, log_probs = squashed_gaussian(*agent.policy(states), noise)
     q_values = agent.critics(states, actions)
-    q_values = q_values.mean(0) if use_mean else q_values.min(0).values
-    return (alpha * log_probs - q_values).mean(), log_probs
-
-
-def temperature_loss(log_alpha: Tensor, log_probs: Tensor, target_entropy: float) -> Tensor:
-    """L(α): descending it lowers α where the entropy is above its target (arXiv 1812.05905, eq. 18; log α for α)."""
-    return -log_alpha * (log_probs.detach().mean() + target_entropy)
-
-
-CRITIC_METRICS = ("critic_loss", "q_values")
-ACTOR_METRICS = ("actor_loss", "entropy", "alpha")
-
-
-def sac_critic_gradient(agent, target, batch: Transitions, noise, members, args: Args) -> tuple[Tensor, Tensor]:
-    """∇L(θ) on a minibatch, and CRITIC_METRICS (2,)."""
-    loss, q_values = sac_critic_loss(agent, target, batch, noise, members, args)
-    return gradient_vector(loss, agent.critics), torch.stack([loss, q_values]).detach()
-
-
-def sac_actor_gradient(agent, batch: Transitions, noise: Tensor, args: Args) -> tuple[Tensor, Tensor | None, Tensor]:
-    """−∇J(φ) on a minibatch, the temperature's gradient (1,) with --autotune, and ACTOR_METRICS (3,)."""
-    alpha = agent.alpha
-    states = agent.encode(batch.observations)
-    loss, log_probs = sac_actor_loss(agent, states, noise, alpha, use_mean=args.critic_subset < args.num_critics)
-    alpha_gradient = None
+    q_values = q_values.mean(0) if args.critic_subset < args.num_critics else q_values.min(0).values
+    loss = (alpha * log_probs - q_values).mean()
+    loss.backward(inputs=[p for p in agent.actor.parameters() if p.requires_grad])  # the critics only judge
+    entropy = -log_probs.detach().mean()
     if args.autotune:
-        # To change it in the course of training fill a tensor that stays: a CUDA graph keeps a number as it was.
         target_entropy = -agent.action_size if args.target_entropy is None else args.target_entropy
-        alpha_loss = temperature_loss(agent.temperature["log_alpha"], log_probs, target_entropy)
-        alpha_gradient = gradient_vector(alpha_loss, agent.temperature)
-    return gradient_vector(loss, agent.actor), alpha_gradient, torch.stack([loss, -log_probs.mean(), alpha]).detach()
-
-
-def sac_critic_update(
-    agent, target, optimizer, batch, noise, members, args: Args, gradient_of=sac_critic_gradient
-) -> Tensor:
-    """One gradient step of the critics, which their targets follow. Returns CRITIC_METRICS (2,) before it."""
-    gradient, metrics = gradient_of(agent, target, batch, noise, members, args)
-    adam_step(optimizer, gradient)
-    polyak_update(target, agent.critics, args.tau)
-    return metrics
-
-
-def sac_actor_update(
-    agent, actor_optimizer, alpha_optimizer, batch, noise, args: Args, gradients_of=sac_actor_gradient
-) -> Tensor:
-    """One gradient step of the policy and, with --autotune, of α. Returns ACTOR_METRICS (3,) before it."""
-    gradient, alpha_gradient, metrics = gradients_of(agent, batch, noise, args)
-    adam_step(actor_optimizer, gradient)
-    if args.autotune:
-        adam_step(alpha_optimizer, alpha_gradient)
-    return metrics
-
-
-def vector_adam(module: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam on all parameters of `module` as one vector (P,), of which they become views: a step is a few operations.
-
-    Gradients reach the vector through `gradient_vector` and the function below it alone: after `loss.backward()` the
-    optimiser's step moves nothing, and clipping the parameters' gradients clips nothing. The module has to be complete
-    and on its device before; a parameter that is replaced or moved later is trained no more, without an error.
-    """
-    parameters = list(module.parameters())
-    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    nn.utils.vector_to_parameters(vector.data, parameters)
-    return torch.optim.Adam([vector], learning_rate, fused=True)
-
-
-def gradient_vector(loss: Tensor, module: nn.Module) -> Tensor:
-    """∇loss with respect to all parameters of `module`, each of which has to take part in it, as one vector (P,): its
-    mean over the processes."""
-    gradients = torch.autograd.grad(loss, list(module.parameters()))
-    return average(torch.cat([x.flatten() for x in gradients]))
-
-
-def adam_step(optimizer: torch.optim.Adam, gradient: Tensor) -> None:
-    """One step of a `vector_adam`, down this gradient (P,): the kernel of `optimizer.step()`, and its state, by hand.
-
-    The same bits, without what PyTorch does around the kernel for optimisers of many parameters. Weight decay, amsgrad
-    and hooks are left out: for them, or for another optimiser, set the vector's .grad and call `optimizer.step()`.
-    """
-    group = optimizer.param_groups[0]
-    vector, (beta1, beta2) = group["params"][0], group["betas"]
-    state = optimizer.state[vector]
-    if not state:
-        state["step"] = torch.zeros((), device=vector.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(vector.data), torch.zeros_like(vector.data)
-    steps = state["step"].add_(1)
-    torch._fused_adam_(
-        [vector.data],
-        [gradient],
-        [state["exp_avg"]],
-        [state["exp_avg_sq"]],
-        [],
-        [steps],
-        lr=group["lr"],
-        beta1=beta1,
-        beta2=beta2,
-        eps=group["eps"],
-        weight_decay=0,
-        amsgrad=False,
-        maximize=False,
-    )
+        (agent.log_alpha * (entropy - target_entropy)).backward()
+    return {"actor_loss": loss.detach(), "entropy": entropy, "alpha": alpha}
 
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter; buffers, such as BatchNorm's, do not follow."""
+    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter; buffers, such as BatchNorm's statistics, are copied."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+    for old, new in zip(target.buffers(), online.buffers()):
+        old.copy_(new)
+
+
+class FlatAdam(torch.optim.Adam):
+    """torch.optim.Adam on all parameters as one vector, of which they become views: the same numbers, a tenth faster.
+
+    Gradients stay ordinary tensors, which `step` gathers. What it cannot do right it refuses.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, **settings):
+        self.parameters = list(params)
+        kinds = {(p.dtype, p.device) if isinstance(p, Tensor) else None for p in self.parameters}
+        if len(kinds) > 1 or None in kinds:
+            raise TypeError("FlatAdam takes parameters of one group, type and device: take torch.optim.Adam instead")
+        vector = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
+        for p, view in zip(self.parameters, vector.data.split([p.numel() for p in self.parameters])):
+            p.data = view.view_as(p)
+        self.pointers = [p.data_ptr() for p in self.parameters]
+        super().__init__([vector], lr, fused=True, **settings)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the parameters' gradients."""
+        super().zero_grad()  # of groups that were added
+        for p in self.parameters:
+            p.grad = None
+
+    def step(self, closure: None = None) -> None:
+        """One step down the parameters' .grad."""
+        if closure or any(p.grad is None or p.data_ptr() != x for p, x in zip(self.parameters, self.pointers)):
+            raise RuntimeError("FlatAdam: a parameter has no gradient, or new memory: take torch.optim.Adam instead")
+        group, vector = self.param_groups[0], self.param_groups[0]["params"][0]
+        vector.grad = torch.cat([p.grad.detach().flatten() for p in self.parameters])
+        group["capturable"] = vector.is_cuda and torch.cuda.is_current_stream_capturing()  # in a CUDA graph
+        super().step()
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -485,165 +362,400 @@ LOG_EVERY = 1_000
 """Environment steps between two points of losses/*, which are means over the updates since the last one."""
 
 
+def check_off_policy(args: Args, action_space: gym.Space) -> None:
+    """Refuses a run that never learns, and actions whose bounds nothing in [−1, 1] can be scaled to."""
+    if args.learning_starts >= args.total_timesteps:
+        fail(f"--learning-starts {args.learning_starts} must be below --total-timesteps {args.total_timesteps}")
+    width = action_space.high.astype(np.float64) - action_space.low
+    if not (width < (np.finfo(np.float32).max if action_space.dtype.kind == "f" else 2**53)).all():
+        fail(f"{args.env_id} has the actions {action_space}, too wide to be scaled to; ppo.py takes them")
+
+
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
-    rank, world_size, device = set_up(args)
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    spaces = check_spaces(args, (Box,), "For Discrete actions use dqn.py.")
-    check_bounds(args, spaces[1])
-    if args.critic_subset > args.num_critics:
-        fail(f"--critic-subset {args.critic_subset} must be at most --num-critics {args.num_critics}")
-    if args.alpha <= 0:
-        fail(f"--alpha {args.alpha} must be positive")
-    agent = SoftActorCritics(*spaces, args.hidden_sizes, args.num_critics, args.alpha).to(device)
-    target = copy.deepcopy(agent.critics).requires_grad_(False)
-    actor_optimizer, critic_optimizer, alpha_optimizer = (
-        vector_adam(x, args.learning_rate) for x in (agent.actor, agent.critics, agent.temperature)
-    )
-    critic_gradient, actor_gradient = (
-        fused(x) if args.compile else x for x in (sac_critic_gradient, sac_actor_gradient)
-    )
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, device)
-    counter = nn.Module()  # a module, so that a checkpoint holds it
-    counter.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-    modules = {"agent": agent, "target": target, "buffer": buffer, "counter": counter}
-    modules |= {"actor_optimizer": actor_optimizer, "critic_optimizer": critic_optimizer}
-    run = Run(args, rank, modules | {"alpha_optimizer": alpha_optimizer})
-    envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
+    with Run(args) as run:
+        torch.set_float32_matmul_precision(args.matmul_precision)
+        envs = Envs(args, args.num_envs, (Box,))
+        check_off_policy(args, envs.action_space)
+        if args.critic_subset > args.num_critics:
+            fail(f"--critic-subset {args.critic_subset} must be at most --num-critics {args.num_critics}")
+        spaces = envs.observation_space, envs.action_space
+        agent = SoftActorCritics(*spaces, args.hidden_sizes, args.num_critics, args.alpha).to(run.device)
+        target = copy.deepcopy(agent.critics).requires_grad_(False).eval()
+        critic_optimizer = FlatAdam(agent.critics.parameters(), args.learning_rate)
+        actor_optimizer = FlatAdam(agent.actor.parameters(), args.learning_rate)
+        alpha_optimizer = FlatAdam([agent.log_alpha], args.learning_rate)
+        critic_gradient = torch.compile(sac_critic_gradient) if args.compile else sac_critic_gradient
+        actor_gradient = torch.compile(sac_actor_gradient) if args.compile else sac_actor_gradient
+        buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, run.device)
+        optimizers = dict(
+            critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, alpha_optimizer=alpha_optimizer
+        )
+        run.start(envs, agent=agent, target=target, buffer=buffer, **optimizers)  # all that a checkpoint holds
 
-    def act(obs: Tensor) -> tuple[Tensor, Tensor]:
-        """a ~ π(·|s) in [−1, 1], and what the environment takes for it."""
-        noise = torch.randn(args.num_envs, agent.action_size, device=device)
-        with torch.no_grad():
-            actions, _ = agent.sample(agent.encode(obs), noise)
-            return actions, agent.to_env(actions)
+        @torch.no_grad()
+        def act(obs: Tensor) -> Tensor:
+            noise = torch.randn(args.num_envs, agent.action_size, device=run.device)
+            return squashed_gaussian(*agent.policy(agent.encode(obs)), noise)[0]
 
-    def critic_step(rows: Tensor, members: Tensor | None) -> tuple[Transitions, Tensor]:
-        batch = buffer.get(rows)
-        noise = torch.randn_like(batch.actions)
-        return batch, sac_critic_update(agent, target, critic_optimizer, batch, noise, members, args, critic_gradient)
+        def update_critics(rows: Tensor, members: Tensor | None) -> tuple[tuple, dict]:
+            batch = buffer.get(rows)
+            critic_optimizer.zero_grad()
+            metrics = critic_gradient(agent, target, batch, torch.randn_like(batch.actions), members, args)
+            critic_optimizer.step()
+            polyak_update(target, agent.critics, args.tau)
+            return batch, metrics
 
-    def actor_step(*batch: Tensor) -> Tensor:
-        batch = Transitions(*batch)
-        noise = torch.randn_like(batch.actions)
-        return sac_actor_update(agent, actor_optimizer, alpha_optimizer, batch, noise, args, actor_gradient)
+        def update_actor(batch: tuple) -> dict:
+            actor_optimizer.zero_grad()
+            alpha_optimizer.zero_grad()
+            metrics = actor_gradient(agent, batch, torch.randn_like(batch.actions), args)
+            actor_optimizer.step()
+            if args.autotune:
+                alpha_optimizer.step()
+            return metrics
 
-    if args.compile and device.type == "cuda" and world_size == 1:
-        act, critic_step, actor_step = map(CudaGraph, (act, critic_step, actor_step))
+        act, update_critics, update_actor = (
+            cuda_graph(f, args, run.device) for f in (act, update_critics, update_actor)
+        )
+        obs, metrics, logged_step = envs.reset(args.seed + run.step), [], run.step
+        while run.goes_on():
+            # Collect a few steps from every environment.
+            for _ in range(args.train_frequency):
+                if run.step < args.learning_starts:
+                    actions = 2 * torch.rand(args.num_envs, agent.action_size, device=run.device) - 1
+                else:
+                    actions = act(torch.as_tensor(obs, device=run.device))
+                acted_on = obs
+                obs, next_obs, rewards, terminated, truncated = envs.step(agent.to_env(actions))
+                buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated)
+                run.advance(envs)
 
-    obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
-    critic_metrics, actor_metrics = [], []
-    logged_step = run.step
-    while run.step < args.total_timesteps and not run.interrupted():
-        # Collect a few steps from every environment.
-        for _ in range(args.train_frequency):
-            if run.step < args.learning_starts:
-                actions = 2 * torch.rand(args.num_envs, agent.action_size, device=device) - 1
-                env_actions = agent.to_env(actions)
-            else:
-                actions, env_actions = act(torch.as_tensor(obs, dtype=agent.observation_dtype, device=device))
-            acted_on = obs
-            obs, next_obs, rewards, terminated, truncated, infos = step_envs(envs, env_actions)
-            buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated)
-            run.step += args.num_envs * world_size
-            run.log_episodes(infos)
-
-        # Update on minibatches of everything in the buffer.
-        if run.step > args.learning_starts:
-            for _ in range(args.gradient_steps):
+            # Update on minibatches of everything in the buffer.
+            for _ in range(args.gradient_steps if run.step > args.learning_starts else 0):
                 rows, members = buffer.draw_rows(args.batch_size), None
                 if args.critic_subset < args.num_critics:
-                    members = torch.randperm(args.num_critics, device=device)[: args.critic_subset]
-                batch, metrics = critic_step(rows, members)
-                critic_metrics.append(metrics.clone())  # CUDA graphs reuse the memory of their outputs
-                counter.updates += 1
-                if counter.updates % args.policy_delay == 0:
-                    actor_metrics.append(actor_step(*batch).clone())
+                    members = torch.randperm(args.num_critics, device=run.device)[: args.critic_subset]
+                batch, critic_metrics = update_critics(rows, members)
+                metrics.append(critic_metrics)
+                run.updates += 1
+                if run.updates % args.policy_delay == 0:
+                    metrics.append(update_actor(batch))
 
-        # Log.
-        if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
-            losses = {}
-            for names, metrics in ((CRITIC_METRICS, critic_metrics), (ACTOR_METRICS, actor_metrics)):
-                if metrics:
-                    losses |= dict(zip(names, average(torch.stack(metrics).mean(0)).tolist()))
-            run.log(losses)
-            critic_metrics, actor_metrics, logged_step = [], [], run.step
-        if run.step - run.saved_step >= args.checkpoint_every:
-            run.checkpoint()
-
-    envs.close()
-    return run.finish(agent)
+            if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
+                run.log(metrics)
+                metrics, logged_step = [], run.step
+        return run.finish(agent)
 
 
 # Plumbing: the same in every file ---------------------------------------------------------------------------
 
 ALGO = Path(__file__).stem
-FLATTEN = "Flatten it with gymnasium.wrappers.FlattenObservation"
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Stops with one line on stderr; exit code 2 where the request was wrong, 1 where the run went wrong."""
-    tqdm.write(f"{ALGO}.py: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
+    tqdm.write(f"{ALGO}.py: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, below a progress bar
     raise SystemExit(code)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
+    for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
+        stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--env-id", "--env_id", default=Args.env_id)
     early.add_argument("--resume")
     known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id, **RECOMMENDED.get(known.env_id, {})})
+    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
     if known.resume:
-        try:
-            saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
-            saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-            defaults = Args(**saved)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"--resume {known.resume}: not the directory of a run of {ALGO}.py ({error})")
+        defaults = Args(**load_checkpoint(known.resume)["args"])
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{__doc__.splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
+    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
     args = tyro.cli(Args, default=defaults, args=argv, description=description)
     if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
         fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
     return args
 
 
-def set_up(args: Args) -> tuple[int, int, torch.device]:
-    """Seeds, threads, device; meets the other processes under torchrun. Returns (rank, world size, device)."""
-    for name, value in asdict(args).items():
-        if type(value) is int and value < 1 and name != "seed":
-            fail(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if not 0 <= args.seed < 2**32:
-        fail(f"--seed {args.seed} must be from 0 to 2³² − 1")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
-    rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
-    torch.set_num_threads(args.torch_threads)
-    random.seed(args.seed)
-    np.random.seed(args.seed)  # neither is drawn from here: a checkpoint has PyTorch's state alone
-    torch.manual_seed(args.seed)
-    return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+def check_args(args: Args) -> None:
+    """Refuses a value outside the range that its type in Args names."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+            if not all(x is None or low <= x <= high for x in values):
+                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
 
 
-def average(x: Tensor) -> Tensor:
-    """Mean over the processes of torchrun; x itself where there is only one."""
-    if not dist.is_initialized():
-        return x
-    total = x.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+def load_checkpoint(folder: str, **modules) -> dict:
+    """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
+    try:
+        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=True)
+        if state["algo"] != ALGO:
+            raise ValueError(f"it is {state['algo']}.py's")
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
+        fail(f"--resume {folder}: no checkpoint of this {ALGO}.py, or of an older version of it ({error!r:.200})")
+    return state
 
 
-def fused(function: Callable) -> Callable:
-    """torch.compile, a backward pass within the function included."""
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
-        torch._dynamo.config.trace_autograd_ops = True
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # --matmul-precision has them
-    return torch.compile(function)
+def make_env(args: Args, **kwargs) -> gym.Env:
+    """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
+    try:
+        env = gym.make(args.env_id, **kwargs)
+    except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
+        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
+        fail(f"--env-id {args.env_id}: {error} ({hint})")
+    plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
+    return env if plain else gym.wrappers.FlattenObservation(env)
+
+
+class Envs:
+    """N environments, stepped in turn; where an episode ends, the next one begins within the same step.
+
+    Observations are copies (N, …): float32, bytes as they are, int64 of a Discrete space.
+    """
+
+    def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
+        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
+        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
+        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
+        self.dtype = np.int64 if index else np.uint8 if image else np.float32
+        self.episodes = []  # (environment, return, length) of those that ended in the last step
+        if len(self.observation_space.shape) == 3:
+            fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
+        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
+            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
+            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
+            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+
+    def film(self, args: Args, folder: str, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
+        self.envs[0] = gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), folder, name_prefix=name)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """First observations (N, …); environment i is seeded with seed + i."""
+        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
+
+    def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
+        """(observations to act on, observations reached, rewards, terminated, truncated), each (N, …).
+
+        The two observations differ where an episode ended: it reached its final one, and the next one has begun.
+        """
+        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
+            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
+            rewards[i] = reward = float(reward)
+            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
+            if self.lengths[i] == 1000 and getattr(env, "recording", False):
+                env.stop_recording()  # its frames are kept in memory
+        finite("reward", rewards), finite("observation", reached)
+        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
+        for i, *_ in self.episodes:
+            obs = reached.copy() if obs is reached else obs
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
+        return obs, reached, rewards, terminated, truncated
+
+    def close(self) -> None:
+        """Closes them all."""
+        for env in self.envs:
+            env.close()
+
+
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
+class Run(ExitStack):
+    """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        check_args(args)
+        self.args, self.step, self.updates, self.saved_step, self.longest_episode = args, 0, 0, 0, 0
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        if kind != "cpu" and not getattr(torch, kind).is_available():
+            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
+        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.callback(torch.set_num_threads, torch.get_num_threads())
+        self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        if args.compile:
+            self.compile_backward()
+
+        def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
+            self.stopped = True
+            signal.signal(number, signal.SIG_DFL)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
+                self.callback(signal.signal, number, signal.signal(number, stop))
+        torch.set_num_threads(args.torch_threads)
+        random.seed(args.seed), np.random.seed(args.seed)  # not drawn from here: a checkpoint has PyTorch's state alone
+        torch.manual_seed(args.seed)
+
+    def compile_backward(self) -> None:
+        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
+        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+
+    def __exit__(self, kind, error, trace) -> bool:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+
+    def start(self, envs, **modules) -> None:
+        """Makes a run directory, or opens --resume's. `modules`, with state_dicts, are what a checkpoint holds."""
+        args, self.envs, self.modules, state = self.args, envs, modules, {"seconds": 0, "monitor_size": 0}
+        self.callback(envs.close)
+        self.dir = Path(args.resume) if args.resume else self.new_dir()
+        self.monitor = self.enter_context(open(self.dir / "monitor.csv", "a", buffering=1, newline=""))
+        try:
+            getattr(os, "lockf", max)(self.monitor.fileno(), getattr(os, "F_TLOCK", 0), 0)  # Windows has no such lock
+        except OSError:
+            fail(f"--resume {self.dir}: another process is at it")
+        if args.resume:
+            state = load_checkpoint(args.resume, **modules)
+            self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
+            self.saved_step = self.step
+            torch.set_rng_state(state["rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
+        self.start_time = time.time() - state["seconds"]
+        self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
+        about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
+        about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
+        about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+        if args.capture_video:
+            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
+        self.callback(self.writer.close)
+        if not args.resume:
+            self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
+            self.checkpoint()
+        settings = {name: value == getattr(args, name) for name, value in RECOMMENDED.get(args.env_id, {}).items()}
+        texts = {yes: [f"{x}={getattr(args, x)}" for x in settings if settings[x] is yes] for yes in (True, False)}
+        print(f"recommended settings taken: {' '.join(texts[True])}; overridden: {' '.join(texts[False])}", flush=True)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
+        self.callback(self.bar.close)
+
+    def new_dir(self) -> Path:
+        """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
+        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
+        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+                with suppress(FileExistsError):
+                    path.mkdir()
+                    return path
+        except OSError as error:
+            fail(f"--output-dir {self.args.output_dir}: {error}")
+
+    def goes_on(self) -> bool:
+        """Whether there are steps left and nobody has asked to stop; writes a checkpoint where one is due."""
+        if self.step - self.saved_step >= self.args.checkpoint_every:
+            self.checkpoint()
+        return self.step < self.args.total_timesteps and not self.stopped
+
+    def checkpoint(self) -> None:
+        """Writes checkpoint.pt under another name and renames it: whenever the process dies, a whole one is there."""
+        networks = [module for module in self.modules.values() if isinstance(module, nn.Module)]
+        if not all(x.isfinite().all() for network in networks for x in network.parameters()):
+            fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
+        state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
+        try:
+            torch.save(state, self.dir / "checkpoint.tmp")
+            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
+            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
+        self.saved_step = self.step
+
+    def advance(self, envs) -> None:
+        """Counts a step of all environments, and writes down the episodes that it ended."""
+        self.step += envs.num_envs
+        for _, episode_return, length in envs.episodes:
+            self.longest_episode = max(self.longest_episode, length)
+            self.recent_returns.append(episode_return)
+            self.monitor.write(f"{episode_return:.6f},{length},{time.time() - self.start_time:.6f}\n")
+            self.writer.add_scalar("charts/episodic_return", episode_return, self.step)
+            self.writer.add_scalar("charts/episodic_length", length, self.step)
+
+    def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
+        """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
+        names = dict.fromkeys(itertools.chain(*metrics))
+        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
+        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
+        charts["SPS"] = self.step / (time.time() - self.start_time)
+        for group, values in (("losses", losses), ("charts", charts)):
+            for name, value in values.items():
+                self.writer.add_scalar(f"{group}/{name}", value, self.step)
+        self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
+        self.bar.update(self.step - self.bar.n)
+
+    def finish(self, policy: nn.Module) -> dict:
+        """Last checkpoint; then, unless the run was interrupted, policy.pt2, the evaluation and the last two lines."""
+        self.checkpoint()
+        self.bar.close()
+        if self.stopped:
+            print(f"stopped at step {self.step}; to go on: --resume {self.dir}", file=sys.stderr)
+            raise SystemExit(130)
+        export_policy(policy, self.envs, self.dir / "policy.pt2")
+        limit = self.envs.time_limit or 10 * self.longest_episode or 1000
+        if self.envs.time_limit is None:
+            print(f"{self.args.env_id} has no time limit: evaluation cuts episodes after {limit} steps")
+        returns = evaluate(policy, self.args, type(self.envs), max_episode_steps=limit)
+        self.writer.add_scalar("eval/episodic_return", returns.mean(), self.step)
+        print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+        print(f"run directory: {self.dir}", flush=True)
+        return {"run_dir": self.dir, "returns": returns}
+
+
+@torch.no_grad()
+def evaluate(policy: nn.Module, args: Args, envs_class: type = Envs, **kwargs) -> np.ndarray:
+    """Returns (eval_episodes,) of the deterministic policy; episode i is reset with seed + 1 000 000 + i."""
+    envs, training = envs_class(args, min(args.num_envs, args.eval_episodes), **kwargs), policy.training
+    returns, device = np.full(args.eval_episodes, np.nan), next(policy.parameters()).device
+    policy.eval()
+    for first in range(0, args.eval_episodes, envs.num_envs):
+        obs, playing = envs.reset(args.seed + 1_000_000 + first), returns[first : first + envs.num_envs]
+        while np.isnan(playing).any():
+            obs, *_ = envs.step(policy(torch.as_tensor(obs, device=device)))
+            for i, episode_return, _ in envs.episodes:
+                if i < len(playing) and np.isnan(playing[i]):
+                    playing[i] = episode_return
+    envs.close()
+    policy.train(training)
+    return returns
+
+
+def export_policy(policy: nn.Module, envs, path: Path) -> None:
+    """Saves `policy.forward` (and all its weights): `torch.export.load(path).module()(obs)`, any batch size."""
+    example = torch.as_tensor(np.stack([envs.observation_space.sample()] * 2).astype(envs.dtype))
+    policy, shapes = copy.deepcopy(policy).cpu().eval(), ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=shapes), path)
+
+
+# CUDA graphs of whole updates -------------------------------------------------------------------------------
 
 
 class CudaGraph:
@@ -652,14 +764,14 @@ class CudaGraph:
     The first three calls run it, the fourth records it and later ones replay that: Python in it no longer runs, and a
     number in it (a learning rate, τ, the buffer's size) stays what it was. What is to change has to be an input or a
     tensor that is filled in place; what it works on (weights, optimisers, the buffer) is never to be replaced.
-    Inputs have the same shapes in every call; the fourth call's are kept, and later ones written over them. Results
-    hold until the next call: clone what you keep. Random draws go on as without a graph.
+    Inputs have the same shapes in every call. Random draws go on as without a graph. Results are copies.
     """
 
     def __init__(self, function: Callable):
         self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
 
-    def __call__(self, *inputs: Tensor | None):
+    def __call__(self, *inputs):
+        """The function's results; inputs are tensors, tuples of them, or None."""
         self.calls += 1
         if self.calls < 4:  # compilation, cuBLAS's workspaces and Adam's state come before a recording
             stream = torch.cuda.Stream()
@@ -669,240 +781,19 @@ class CudaGraph:
             torch.cuda.current_stream().wait_stream(stream)
             return outputs
         if self.calls == 4:
-            self.inputs = inputs
+            self.inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)
             with torch.cuda.graph(self.graph):
-                self.outputs = self.function(*inputs)
-        for own, x in zip(self.inputs, inputs):
-            if x is not own:  # which the result of another graph is
-                own.copy_(x)
+                self.outputs = self.function(*self.inputs)
+        for own, new in zip(pytree.tree_leaves(self.inputs), pytree.tree_leaves(inputs)):
+            if isinstance(own, Tensor):
+                own.copy_(new)
         self.graph.replay()
-        return self.outputs
+        return pytree.tree_map_only(Tensor, torch.clone, self.outputs)
 
 
-def make_env(args: Args, **kwargs) -> gym.Env:
-    """gymnasium.make, or one line why not."""
-    try:
-        return gym.make(args.env_id, **kwargs)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
-
-
-def check_spaces(args: Args, action_spaces: tuple[type, ...], hint: str = "") -> tuple[gym.Space, gym.Space]:
-    """The environment's observation and action space; refuses what the networks cannot take."""
-    env = make_env(args)
-    env.close()
-    if args.capture_video and "rgb_array" not in env.metadata["render_modes"]:
-        fail(f"--capture-video: {args.env_id} cannot render to images")
-    observation = ("observation", env.observation_space, (Discrete, Box), FLATTEN)
-    for kind, space, allowed, way_out in (observation, ("action", env.action_space, action_spaces, hint)):
-        if not isinstance(space, allowed) or (isinstance(space, Box) and len(space.shape) != 1):
-            names = " or ".join("a one-dimensional Box" if x is Box else x.__name__ for x in allowed)
-            message = f"{args.env_id} has the {kind} space {space}; {ALGO} needs {names}. {way_out}"
-            fail(" ".join(message.split()))
-    return env.observation_space, env.action_space
-
-
-def check_bounds(args: Args, action_space: Box) -> None:
-    """Refuses actions without bounds, which nothing in [−1, 1] can be scaled to."""
-    if not action_space.is_bounded("both"):
-        fail(f"{args.env_id} has the unbounded action space {action_space}; {ALGO} needs finite bounds. Use ppo.py.")
-
-
-def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
-    """Environments that reset within the step that ends an episode: no step is spent on a reset."""
-
-    def make(index: int) -> gym.Env:
-        if video_dir is None or index > 0:
-            return make_env(args)
-        return gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), str(video_dir))
-
-    envs = [lambda index=index: make(index) for index in range(num_envs)]
-    envs = gym.vector.SyncVectorEnv(envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
-
-
-def step_envs(envs: gym.vector.VectorEnv, actions: Tensor) -> tuple:
-    """(observation to act on, observation reached, rewards, terminated, truncated, infos).
-
-    The two observations differ where an episode ended: it reached its final one, and the next one has begun.
-    """
-    obs, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
-    reached = obs
-    if "final_obs" in infos:
-        reached = obs.copy()
-        for i in np.flatnonzero(infos["_final_obs"]):
-            reached[i] = infos["final_obs"][i]
-    if not (np.isfinite(rewards).all() and np.isfinite(reached).all()):
-        fail("the environment gave a reward or observation that is not finite; the last checkpoint stays", code=1)
-    return obs, reached, rewards, terminated, truncated, infos
-
-
-class Run:
-    """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
-
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
-    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
-    """
-
-    def __init__(self, args: Args, rank: int, modules: dict):
-        self.args, self.rank, self.modules, self.signals, self.stopped = args, rank, modules, [], False
-        self.step, self.saved_step, self.seconds, self.monitor_size = 0, 0, 0.0, 0
-        self.dir = Path(args.resume) if args.resume else None
-        if args.resume:
-            self.restore()
-        elif rank == 0:
-            self.dir = self.new_dir()
-        self.start_step, self.start_time = self.step, time.time() - self.seconds
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        if rank > 0:
-            torch.manual_seed(args.seed + self.step + rank)
-            return
-        about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
-        about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
-        about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        (self.dir / "args.tmp").write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(self.dir / "args.tmp", self.dir / "args.json")
-        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
-        self.monitor = open(self.dir / "monitor.csv", "a", buffering=1)
-        self.monitor.truncate(self.monitor_size)  # episodes after the checkpoint will be lived through again
-        if self.monitor_size == 0:
-            header = {"t_start": self.start_time, "env_id": args.env_id}
-            self.monitor.write(f"#{json.dumps(header)}\nr,l,t\n")
-            self.checkpoint()
-        self.recent_returns = deque(maxlen=100)
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
-
-    def new_dir(self) -> Path:
-        """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        name = f"{self.args.env_id.replace('/', '-')}__{ALGO}__{self.args.seed}__{int(time.time())}"
-        for n in itertools.count():
-            path = Path(self.args.output_dir) / (f"{name}_{n}" if n else name)
-            try:
-                path.mkdir(parents=True)
-                return path
-            except FileExistsError:
-                pass
-            except OSError as error:
-                fail(f"--output-dir {self.args.output_dir}: {error}")
-
-    def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM let the iteration in progress end; a second one stops at once."""
-        self.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    def interrupted(self) -> bool:
-        """Whether this process, or another one under torchrun, was asked to stop."""
-        self.stopped = average(torch.tensor(float(len(self.signals)))).item() > 0
-        return self.stopped
-
-    def checkpoint(self) -> None:
-        """Writes checkpoint.pt under another name and renames it: whenever the process dies, a whole one is there."""
-        if self.rank > 0:
-            return
-        weights = [x for module in self.modules.values() if isinstance(module, nn.Module) for x in module.parameters()]
-        if not all(x.isfinite().all() for x in weights):
-            fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
-        state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"step": self.step, "seconds": time.time() - self.start_time}
-        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
-        state["rng"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        torch.save(state, self.dir / "checkpoint.tmp")
-        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
-        self.saved_step = self.step
-
-    def restore(self) -> None:
-        """Loads checkpoint.pt into the modules, the counters and PyTorch's random state."""
-        try:
-            state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-            for name, module in self.modules.items():
-                module.load_state_dict(state[name])
-            self.step = self.saved_step = state["step"]
-            self.seconds, self.monitor_size = state["seconds"], state["monitor_size"]
-            torch.set_rng_state(state["rng"]["torch"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this run
-            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            fail(f"--resume {self.dir}: checkpoint.pt cannot be used ({reason})")
-
-    def log_episodes(self, infos: dict) -> None:
-        """Writes the episodes that ended in this step to monitor.csv and TensorBoard."""
-        if self.rank > 0 or "episode" not in infos:
-            return
-        for i in np.flatnonzero(infos["_episode"]):
-            episode_return, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
-            self.monitor.write(f"{episode_return:.6f},{length},{time.time() - self.start_time:.6f}\n")
-            self.writer.add_scalar("charts/episodic_return", episode_return, self.step)
-            self.writer.add_scalar("charts/episodic_length", length, self.step)
-            self.recent_returns.append(episode_return)
-
-    def log(self, losses: dict[str, float], **charts: float) -> None:
-        """Writes losses/* and charts/* to TensorBoard and moves the progress bar; stops where a loss is not finite."""
-        bad = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
-        if bad:
-            fail(f"{bad} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
-        if self.rank > 0:
-            return
-        charts["SPS"] = (self.step - self.start_step) / (time.time() - self.start_time - self.seconds)
-        for group, values in (("losses", losses), ("charts", charts)):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{group}/{name}", value, self.step)
-        if self.recent_returns:
-            self.bar.set_postfix({"return": f"{np.mean(self.recent_returns):.1f}"}, refresh=False)
-        self.bar.update(self.step - self.bar.n)
-
-    def finish(self, policy: nn.Module) -> dict:
-        """Last checkpoint; then, unless the run was interrupted, policy.pt2, the evaluation and the last two lines."""
-        self.checkpoint()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if self.rank > 0:
-            return {}
-        self.bar.close()
-        self.monitor.close()
-        if self.stopped:
-            print(f"stopped at step {self.step}; to go on: --resume {self.dir}", file=sys.stderr)
-            raise SystemExit(130)
-        export_policy(policy, self.dir / "policy.pt2")
-        returns = evaluate(policy, self.args)
-        self.writer.add_scalar("eval/episodic_return", returns.mean(), self.step)
-        self.writer.close()
-        print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-        print(f"run directory: {self.dir}")
-        return {"run_dir": self.dir, "returns": returns}
-
-
-@torch.no_grad()
-def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
-    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment.
-
-    A policy with a memory would have to carry it on here, and in export_policy; one with dropout or BatchNorm, to be
-    switched to eval() in both.
-    """
-    envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 1_000_000)
-    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    device = next(policy.parameters()).device
-    while running.any():
-        actions = policy(torch.as_tensor(obs, dtype=policy.observation_dtype, device=device))
-        obs, _, rewards, terminated, truncated, _ = step_envs(envs, actions)
-        returns += rewards * running
-        running &= ~(terminated | truncated)
-    envs.close()
-    return returns
-
-
-def export_policy(policy: nn.Module, path: Path) -> None:
-    """Saves `policy.forward` for the CPU: `torch.export.load(path).module()(obs)`, any batch size.
-
-    The module's other weights, critics for instance, go into the file as well.
-    """
-    policy = copy.deepcopy(policy).cpu()
-    example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
-    program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
+def cuda_graph(function: Callable, args: Args, device: torch.device) -> Callable:
+    """With --compile on a GPU the function as a CudaGraph, else the function itself."""
+    return CudaGraph(function) if args.compile and device.type == "cuda" else function
 
 
 if __name__ == "__main__":

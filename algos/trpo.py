@@ -15,43 +15,42 @@ and leaves the policy as it is where no k < K will do. Details that matter, and 
 - The quadratic KL is only a model: the line search checks the true one, and the gain, on the same batch.
 - The value network takes no part in the trust region: Adam fits it to Â + V_old on minibatches, several epochs.
 - A time limit is not a termination: a truncated step bootstraps from its true final observation.
-- Box actions come from a Gaussian, whose deviation belongs to the trust region too; they are clipped to the space
-  only on their way into the environment.
+- Box actions come from a Gaussian, whose deviation belongs to θ; they are clipped only on their way to the environment.
 
-Against Stable-Baselines3 (sb3-contrib's TRPO): the same update (in double precision parameters agree to 1e-5 after
-three rollouts, tests/test_trpo.py), but for the KL of the line search, which is the paper's KL(π_old ‖ π_θ) here and
-the other way round there, and for conjugate gradient, which starts from 0 and stops at a relative residual here,
-and from small noise and at an absolute one there. For a Box of A dimensions SB3's KL is not that of the action but its
-mean over the dimensions, so that --target-kl and --cg-damping are A times SB3's for the same update. SB3's
-VecNormalize moves its statistics at every step, here they move once per rollout.
+Against Stable-Baselines3 (sb3-contrib): the same update (in double precision parameters agree to 1e-5 after 3 rollouts,
+tests/test_trpo.py), but for the line search's KL, the paper's KL(π_old ‖ π_θ) here and the other way round there, and
+for conjugate gradient: from 0 to a relative residual here, from small noise to an absolute one there. SB3's KL of a Box
+is the mean over its A dimensions: --target-kl and --cg-damping are A times SB3's for the same update.
 
     python algos/trpo.py                              # CartPole-v1
-    python algos/trpo.py --env-id Pendulum-v1         # with its recommended settings
     python algos/trpo.py --env-id Hopper-v5 --seed 3  # everything measured is in benchmarks/README.md
-    python algos/trpo.py --resume runs/Hopper-v5__trpo__3__…
-    torchrun --nproc-per-node 2 algos/trpo.py         # data parallel: each process has its own environments
 """
 
 import argparse
 import copy
+import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
+import re
+import shutil
 import signal
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque, namedtuple
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
@@ -59,76 +58,54 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+Count = Annotated[int, (1, math.inf, "at least 1")]
+Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
+Fraction = Annotated[float, (0, 1, "from 0 to 1")]
+Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
+NotNegative = Annotated[float, (0, sys.float_info.max, "0 or more")]
+
 
 @dataclass
 class Args:
     # run
-    seed: int = 1
-    """seed of everything random; same seed, same machine and thread count: same bits on CPU"""
-    total_timesteps: int = 100_000
-    """environment steps, over all environments and processes, rounded up to whole rollouts"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """where the networks live; auto takes CUDA when there is one"""
-    torch_threads: int = 1
-    """CPU threads for PyTorch; one is fastest for networks this small"""
-    compile: bool = False
-    """compile the critic's gradient with torch.compile (CUDA graphs on a GPU): pays in runs of several minutes"""
-    output_dir: str = "runs"
-    """folder that run directories are made in"""
-    resume: str | None = None
-    """run directory to go on in, with its own arguments; only --total-timesteps may be changed, schedules go by it"""
-    checkpoint_every: int = 50_000
-    """environment steps between checkpoints"""
-    eval_episodes: int = 10
-    """episodes of the final evaluation, with the deterministic policy"""
-    capture_video: bool = False
-    """record episodes 0, 1, 8, 27, 64 … of the first environment to the run directory's videos/"""
+    seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
+    total_timesteps: Count = 100_000  # environment steps, over all environments, in whole rollouts
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where the networks live; auto takes CUDA when there is one
+    torch_threads: Count = 1  # CPU threads for PyTorch; one is fastest for networks this small
+    compile: bool = False  # compile the critic's gradient with torch.compile: pays in runs of several minutes
+    output_dir: str = "runs"  # folder that run directories are made in
+    resume: str | None = None  # run directory to go on in, with its own flags; --total-timesteps alone may be changed
+    checkpoint_every: Count = 50_000  # environment steps between checkpoints
+    eval_episodes: Count = 10  # episodes of the final evaluation, with the deterministic policy
+    capture_video: bool = False  # record episodes 0, 1, 8, 27, 64 … of the first environment to the run's videos/
 
     # environment
-    env_id: str = "CartPole-v1"
-    """gymnasium environment; its recommended settings, where there are some, become the defaults"""
-    num_envs: int = 2
-    """parallel environments N (per process)"""
-    normalize_observations: bool = False
-    """normalise observations by their running mean and deviation, clipped to ±10"""
-    normalize_rewards: bool = False
-    """divide rewards by the running deviation of the discounted return, clipped to ±10"""
+    env_id: str = "CartPole-v1"  # gymnasium environment; its recommended settings, if any, become the defaults
+    num_envs: Count = 2  # parallel environments N
+    normalize_observations: bool = False  # normalise Box observations by running mean and deviation, clipped to ±10
+    normalize_rewards: bool = False  # divide rewards by the running deviation of the discounted return, clipped to ±10
 
     # algorithm
-    num_steps: int = 1024
-    """steps T per environment and rollout"""
-    gamma: float = 0.99
-    """discount γ"""
-    gae_lambda: float = 0.95
-    """λ of generalised advantage estimation"""
-    normalize_advantages: bool = True
-    """normalise advantages per rollout and process"""
-    target_kl: float = 0.01
-    """trust region δ, in nats, of the whole action: for a Box of A dimensions A times SB3's"""
-    cg_iterations: int = 15
-    """steps of conjugate gradient"""
-    cg_damping: float = 0.1
-    """multiple c of the identity that is added to the Fisher matrix: for a Box of A dimensions A times SB3's"""
-    line_search_steps: int = 10
-    """step sizes K that the line search tries"""
-    line_search_shrink: float = 0.8
-    """ratio β of one step size to the one before"""
-    learning_rate: float = 1e-3
-    """Adam's step size for the value network"""
-    num_minibatches: int = 16
-    """the value network's minibatches per epoch"""
-    critic_epochs: int = 10
-    """the value network's passes over each rollout"""
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """tanh layers of the policy and, apart from it, of the value network"""
-    log_std_init: float = 0.0
-    """initial log standard deviation of Box actions"""
+    num_steps: Count = 1024  # steps T per environment and rollout
+    gamma: Fraction = 0.99  # discount γ
+    gae_lambda: Fraction = 0.95  # λ of generalised advantage estimation
+    normalize_advantages: bool = True  # normalise advantages per rollout
+    target_kl: Positive = 0.01  # trust region δ, in nats, of the whole action: for a Box of A dimensions A times SB3's
+    cg_iterations: Count = 15  # steps of conjugate gradient
+    cg_damping: NotNegative = 0.1  # multiple c of the identity added to F: for a Box of A dimensions A times SB3's
+    line_search_steps: Count = 10  # step sizes K that the line search tries
+    line_search_shrink: Annotated[float, (1e-9, 1 - 1e-9, "between 0 and 1")] = 0.8  # ratio β of two step sizes
+    learning_rate: Positive = 1e-3  # Adam's step size for the value network
+    num_minibatches: Count = 16  # the value network's minibatches per epoch
+    critic_epochs: Count = 10  # the value network's passes over each rollout
+    hidden_sizes: tuple[Count, ...] = (64, 64)  # tanh layers of the policy and, apart from it, of the value network
+    log_std_init: float = 0.0  # initial log standard deviation of Box actions
 
 
 # fmt: off
 MUJOCO = dict(
     total_timesteps=1_000_000, critic_epochs=20, normalize_observations=True, normalize_rewards=True)
-RECOMMENDED = {
+RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit flag wins
     "CartPole-v1": dict(
         num_steps=512, num_minibatches=2, critic_epochs=20, gae_lambda=0.98, cg_damping=1e-3),
     "Acrobot-v1": dict(normalize_observations=True, normalize_rewards=True),
@@ -143,34 +120,26 @@ RECOMMENDED = {
     "Humanoid-v5": MUJOCO | dict(target_kl=0.17, cg_damping=1.7),
 }
 # fmt: on
-"""Settings by environment id: `--env-id` alone takes them, an explicit flag wins."""
 
 
 # Networks ---------------------------------------------------------------------------------------------------
 
 
 class RunningStatistics(nn.Module):
-    """Mean and variance of all samples so far, as buffers: saved, exported and frozen with the network.
-
-    `std`, which normalises, is what `update` makes of `var`.
-    """
+    """Mean and variance of all samples so far, as buffers: saved, exported and frozen with the network."""
 
     def __init__(self, *shape: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
-        self.register_buffer("std", torch.ones(shape))
+        for name, value in (("mean", torch.zeros(shape)), ("var", torch.ones(shape)), ("std", torch.ones(shape))):
+            self.register_buffer(name, value)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def update(self, batch: Tensor) -> None:
-        """Merges a batch (B, *shape), B the same in all processes (parallel variance, Chan et al. 1979)."""
-        mean = average(batch.mean(0))
-        var = average((batch - mean).square().mean(0))
-        count = len(batch) * (dist.get_world_size() if dist.is_initialized() else 1)
-        self.count += count
-        weight = count / self.count.item()
-        self.var.lerp_(var + (1 - weight) * (mean - self.mean).square(), weight)
+        """Merges a batch (B, *shape) (parallel variance, Chan et al. 1979)."""
+        self.count += len(batch)
+        mean, weight = batch.mean(0), len(batch) / self.count.item()
+        self.var.lerp_((batch - mean).square().mean(0) + (1 - weight) * (mean - self.mean).square(), weight)
         self.mean.lerp_(mean, weight)
         self.std.copy_((self.var + 1e-8).sqrt())
 
@@ -178,52 +147,49 @@ class RunningStatistics(nn.Module):
         """x / deviation, clipped to ±10; (…, *shape)."""
         return (x / self.std).clamp(-10, 10)
 
-    def normalize(self, x: Tensor) -> Tensor:
-        """(x − mean) / deviation, clipped to ±10; (…, *shape)."""
-        return self.scale(x - self.mean)
+
+def orthogonal_linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    """A linear layer with orthogonal weights of that gain, and no bias at first."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
-    """Tanh layers of the given sizes; weights orthogonal with gain √2, `output_gain` in the last; biases zero."""
+    """Tanh layers of the given sizes with gain √2, and a linear one with `output_gain`."""
     layers = []
-    for i in range(len(sizes) - 1):
-        last = i == len(sizes) - 2
-        linear = nn.Linear(sizes[i], sizes[i + 1])
-        nn.init.orthogonal_(linear.weight, output_gain if last else 2**0.5)
-        nn.init.zeros_(linear.bias)
-        layers += [linear] if last else [linear, nn.Tanh()]
-    return nn.Sequential(*layers)
+    for inputs, outputs in itertools.pairwise(sizes[:-1]):
+        layers += [orthogonal_linear(inputs, outputs, 2**0.5), nn.Tanh()]
+    return nn.Sequential(*layers, orthogonal_linear(sizes[-2], sizes[-1], output_gain))
 
 
-def without_modules(network: nn.Sequential) -> Callable[[Tensor], Tensor]:
-    """A network of `mlp` as a function of (B, inputs), without gradients and without the cost of calling modules.
+class ToBox(nn.Module):
+    """Actions (…, A) → what a Box takes: within its bounds, rounded where it holds integers, in its dtype."""
 
-    For the few rows of one step that cost is more than the arithmetic's. It follows weights that change in place, and
-    repeats what `mlp` does: of another network it would leave out, in silence, all but the linear layers.
-    """
-    *hidden, last = [(x.weight.detach().T, x.bias.detach()) for x in network if isinstance(x, nn.Linear)]
+    def __init__(self, space: Box):
+        super().__init__()
+        self.dtype, exact = torch.as_tensor(space.low).dtype, np.float32 if space.dtype == np.float32 else np.float64
+        self.register_buffer("bounds", torch.as_tensor(np.stack([space.low, space.high]).astype(exact)))
 
-    def function(x: Tensor) -> Tensor:
-        for weight, bias in hidden:
-            x = torch.addmm(bias, x, weight).tanh_()
-        return torch.addmm(last[1], x, last[0])
-
-    return function
+    def forward(self, actions: Tensor) -> Tensor:
+        """(…, A), of any float type."""
+        actions = actions.clamp(*self.bounds)
+        return (actions if self.dtype.is_floating_point else actions.round()).to(self.dtype)
 
 
 class ActorCritic(nn.Module):
     """Policy π(a|s) and value V(s): two networks that share nothing but the encoding of observations.
 
-    Observations are (…, D) float32 for a Box, (…,) int64 for a Discrete space, and states s (…, D) what `encode`
-    makes of them; actions are (…, A) float32, unclipped, for a Box, (…,) indices from 0 for a Discrete space.
-    `forward` is the deterministic policy, from observations to what the environment takes.
+    Observations are (…, D) float32 of a Box, (…,) int64 of a Discrete space; states s (…, D) are what `encode` makes of
+    them; actions (…, A) float32, unclipped, for a Box, (…,) indices from 0 for a Discrete space. `forward` is the
+    deterministic policy, from observations to what the environment takes.
     """
 
     def __init__(self, observation_space, action_space, hidden_sizes, normalize_observations=False, log_std_init=0.0):
         super().__init__()
         self.observation_space, self.action_space = observation_space, action_space
         self.one_hot, self.discrete = isinstance(observation_space, Discrete), isinstance(action_space, Discrete)
-        self.observation_dtype = torch.int64 if self.one_hot else torch.float32
         inputs = int(observation_space.n) if self.one_hot else observation_space.shape[0]
         self.action_size = int(action_space.n) if self.discrete else action_space.shape[0]
         self.observation_statistics = RunningStatistics(inputs) if normalize_observations and not self.one_hot else None
@@ -232,14 +198,14 @@ class ActorCritic(nn.Module):
         self.critic = mlp([inputs, *hidden_sizes, 1], output_gain=1.0)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((self.action_size,), log_std_init))
-            self.register_buffer("low", torch.as_tensor(action_space.low))
-            self.register_buffer("high", torch.as_tensor(action_space.high))
+            self.to_box = ToBox(action_space)
 
     def encode(self, obs: Tensor) -> Tensor:
         """Observations → states: one-hot for a Discrete space, normalised by the running statistics if asked for."""
         if self.one_hot:
             return F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n)).float()
-        return obs if self.observation_statistics is None else self.observation_statistics.normalize(obs)
+        statistics = self.observation_statistics
+        return obs if statistics is None else statistics.scale(obs - statistics.mean)
 
     def value(self, states: Tensor) -> Tensor:
         """V(s), shape (…,)."""
@@ -247,23 +213,29 @@ class ActorCritic(nn.Module):
 
     def draw_noise(self, *shape: int) -> Tensor:
         """All the randomness of a rollout's actions at once, (*shape, A): Gumbel, or Gaussian of π's deviation."""
-        noise = torch.empty(*shape, self.action_size, device=self.actor[-1].weight.device)
+        noise = torch.empty(*shape, self.action_size, device=next(self.parameters()).device)
         return -noise.exponential_().log() if self.discrete else noise.normal_() * self.log_std.detach().exp()
 
-    def sample(self, output: Tensor, noise: Tensor) -> Tensor:
-        """a ~ π(·|s) from the actor's output: mean + noise, or argmax of logits + noise (the Gumbel-max trick)."""
-        return (output + noise).argmax(-1) if self.discrete else output + noise
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor) -> Tensor:
+        """a ~ π(·|s): mean + noise, or argmax of logits + noise (the Gumbel-max trick)."""
+        output = self.actor(self.encode(obs)) + noise
+        return output.argmax(-1) if self.discrete else output
 
     def log_prob_and_entropy(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """log π(a|s) and H(π(·|s)), both (…,)."""
+        """log π(a|s) and H(π(·|s)) in nats, both (…,), of softmax(logits) or N(mean, diag σ²), σ the same in all s."""
         output = self.actor(states)
         if self.discrete:
-            return categorical_log_prob_and_entropy(output, actions)
-        return gaussian_log_prob_and_entropy(output, self.log_std, actions)
+            log_probs = output.log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
+        log_normaliser = (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
+        log_prob = -0.5 * ((actions - output) * (-self.log_std).exp()).square().sum(-1) - log_normaliser
+        return log_prob, (log_normaliser + 0.5 * self.action_size).expand_as(log_prob)
 
     def to_env(self, actions: Tensor) -> Tensor:
         """What the environment takes: indices moved to the space's start, Box actions clipped to its bounds."""
-        return actions + int(self.action_space.start) if self.discrete else actions.clamp(self.low, self.high)
+        return actions + int(self.action_space.start) if self.discrete else self.to_box(actions)
 
     def forward(self, obs: Tensor) -> Tensor:
         """The most likely action."""
@@ -272,23 +244,6 @@ class ActorCritic(nn.Module):
 
 
 # The maths --------------------------------------------------------------------------------------------------
-
-
-def categorical_log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(a) and entropy in nats, both (…,), of softmax(logits); logits (…, A), actions (…,)."""
-    log_probs = logits.log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
-
-
-def gaussian_log_prob_and_entropy(mean: Tensor, log_std: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(a) and entropy in nats, both (…,), of N(mean, diag(σ²)), σ = exp(log_std); mean, actions (…, A).
-
-    log_std is (A,), the same in all states: another shape would be summed over the states, too.
-    """
-    log_normaliser = (log_std + 0.5 * np.log(2 * np.pi)).sum()
-    log_prob = -0.5 * ((actions - mean) * (-log_std).exp()).square().sum(-1) - log_normaliser
-    return log_prob, (log_normaliser + 0.5 * len(log_std)).expand_as(log_prob)
 
 
 def linear_recurrence(x: Tensor, decay: Tensor, y: Tensor) -> Tensor:
@@ -314,71 +269,50 @@ def gae(rewards, values, next_values, terminated, truncated, gamma: float, gae_l
 def discounted_returns(rewards: Tensor, done: Tensor, previous: Tensor, gamma: float) -> Tensor:
     """R_t = r_t + γ R_{t−1}, from 0 in each episode; rewards and done (T, N), `previous` (N,) is R_{−1}.
 
-    Of past rewards, not a critic's target: its deviation is the scale by which rewards are normalised. `previous` is 0
-    for an episode that begins with this rollout.
+    Its deviation is the scale of normalised rewards. `previous` is 0 where an episode begins with the rollout.
     """
     first = torch.cat([torch.zeros_like(done[:1]), done[:-1]])
     return linear_recurrence(rewards, gamma * (~first).to(rewards.dtype), previous)
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 − Var[R̂ − V] / Var[R̂]: 1 is a perfect critic, 0 one that knows nothing but the mean; inputs of one shape."""
-    return 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+# A rollout as the policy's step sees it, first dimension B; states are encoded observations, what is old_… is π_old's.
+TRPOBatch = namedtuple("TRPOBatch", "states actions advantages old_log_probs old_outputs old_log_std entropies")
+ValueBatch = namedtuple("ValueBatch", "states returns")  # the same rollout, or a minibatch of it, as the critic's
 
 
-def categorical_kl(old_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(old ‖ new) in nats, (…,), of softmax(logits); both (…, A)."""
-    old = old_logits.log_softmax(-1)
-    return (old.exp() * (old - logits.log_softmax(-1))).sum(-1)
+@torch.no_grad()
+def trpo_batch(agent: nn.Module, states: Tensor, actions: Tensor, advantages: Tensor, args: Args) -> TRPOBatch:
+    """What a step needs of a rollout (B, …), made while the policy still is π_old."""
+    if args.normalize_advantages and len(advantages) > 1:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    log_probs, entropies = agent.log_prob_and_entropy(states, actions)
+    log_std = None if agent.discrete else agent.log_std.clone()
+    return TRPOBatch(states, actions, advantages, log_probs, agent.actor(states), log_std, entropies)
 
 
-def gaussian_kl(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL(old ‖ new) in nats, (…,), of N(mean, diag(σ²)), σ = exp(log_std); means (…, A), log_std (A,)."""
-    squares = (2 * old_log_std).exp() + (old_mean - mean).square()
-    return (log_std - old_log_std + 0.5 * squares * (-2 * log_std).exp() - 0.5).sum(-1)
+def objective_and_kl(agent: nn.Module, batch: TRPOBatch) -> tuple[Tensor, Tensor]:
+    """L(θ) = E[π_θ / π_old · Â] and D(θ) = E[KL(π_old ‖ π_θ)] in nats (arXiv 1502.05477, eq. 14)."""
+    log_probs, _ = agent.log_prob_and_entropy(batch.states, batch.actions)
+    objective = ((log_probs - batch.old_log_probs).exp() * batch.advantages).mean()
+    outputs = agent.actor(batch.states)
+    if agent.discrete:  # of softmax(logits)
+        old = batch.old_outputs.log_softmax(-1)
+        return objective, (old.exp() * (old - outputs.log_softmax(-1))).sum(-1).mean()
+    squares = (2 * batch.old_log_std).exp() + (batch.old_outputs - outputs).square()  # of N(mean, diag σ²)
+    kl = agent.log_std - batch.old_log_std + 0.5 * squares * (-2 * agent.log_std).exp() - 0.5
+    return objective, kl.sum(-1).mean()
 
 
-def policy_parameters(agent: ActorCritic) -> list[nn.Parameter]:
-    """What the policy depends on: the trust region's θ."""
-    return [*agent.actor.parameters()] + ([] if agent.discrete else [agent.log_std])
+def policy_parameters(agent: nn.Module) -> list[nn.Parameter]:
+    """θ: all of the actor's, then what is not the critic's, such as log σ; what is frozen stays out."""
+    actor, critic = list(agent.actor.parameters()), list(agent.critic.parameters())
+    known = {*actor, *critic}
+    return [p for p in (*actor, *(p for p in agent.parameters() if p not in known)) if p.requires_grad]
 
 
-class Surrogate:
-    """L(θ) and D(θ) on one batch; made while the policy still is π_old, whose mean entropy it keeps."""
-
-    def __init__(self, agent: ActorCritic, states: Tensor, actions: Tensor, advantages: Tensor):
-        self.agent, self.states, self.actions, self.advantages = agent, states, actions, advantages
-        with torch.no_grad():
-            self.old_output = agent.actor(states)
-            self.old_log_std = None if agent.discrete else agent.log_std.clone()
-            self.old_log_probs, entropy = self.log_prob_and_entropy(self.old_output)
-            self.entropy = average(entropy.mean())
-
-    def log_prob_and_entropy(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the batch's actions, from the actor's output; both (B,)."""
-        if self.agent.discrete:
-            return categorical_log_prob_and_entropy(output, self.actions)
-        return gaussian_log_prob_and_entropy(output, self.agent.log_std, self.actions)
-
-    def objective_and_kl(self) -> tuple[Tensor, Tensor]:
-        """L(θ) = E[π_θ / π_old · Â] and D(θ) = E[KL(π_old ‖ π_θ)] in nats (arXiv 1502.05477, eq. 14)."""
-        output = self.agent.actor(self.states)
-        log_probs, _ = self.log_prob_and_entropy(output)
-        objective = ((log_probs - self.old_log_probs).exp() * self.advantages).mean()
-        if self.agent.discrete:
-            return objective, categorical_kl(self.old_output, output).mean()
-        return objective, gaussian_kl(self.old_output, self.old_log_std, output, self.agent.log_std).mean()
-
-
-def flat_gradient(y: Tensor, parameters: Sequence[Tensor], **kwargs) -> Tensor:
+def flat_gradient(y: Tensor, parameters: list[nn.Parameter], **kwargs) -> Tensor:
     """∇y as one vector (P,)."""
     return torch.cat([x.flatten() for x in torch.autograd.grad(y, parameters, **kwargs)])
-
-
-def fisher_vector_product(kl: Tensor, parameters: Sequence[Tensor], damping: float) -> Callable[[Tensor], Tensor]:
-    """v ↦ (F + damping · I) v for vectors (P,), F the Hessian of `kl` (arXiv 1502.05477, appendix C.1)."""
-    gradient = flat_gradient(kl, parameters, create_graph=True)
-    return lambda v: average(flat_gradient(gradient @ v, parameters, retain_graph=True)) + damping * v
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
@@ -398,81 +332,58 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
     return x
 
 
-@torch.no_grad()
-def line_search(parameters, step: Tensor, surrogate: Surrogate, args: Args) -> tuple[float, Tensor, Tensor]:
-    """Adds βᵏ · step (P,) with the first k = 0 … K − 1 that gains and stays in the trust region.
+def trust_region_step(agent: nn.Module, batch: TRPOBatch, args: Args) -> Tensor:
+    """√(2δ / xᵀ(F + cI)x) x with x ≈ (F + cI)⁻¹ ∇L, (P,); F v is ∇(∇Dᵀ v) (arXiv 1502.05477, appendix C.1)."""
+    parameters = policy_parameters(agent)
+    objective, kl = objective_and_kl(agent, batch)
+    gradient = flat_gradient(objective, parameters)
+    kl_gradient = flat_gradient(kl, parameters, create_graph=True)
 
-    Returns (βᵏ, L, D) there. Where there is no such k, or the step is not a number, every parameter stays as it was,
-    and (0, L, 0) is returned, with the L of the start.
+    def product(v: Tensor) -> Tensor:
+        return flat_gradient(kl_gradient @ v, parameters, retain_graph=True) + args.cg_damping * v
+
+    direction = conjugate_gradient(product, gradient, args.cg_iterations)
+    return (2 * args.target_kl / (direction @ product(direction))).sqrt() * direction  # 0/0 for a gradient of 0
+
+
+@torch.no_grad()
+def line_search(agent: nn.Module, batch: TRPOBatch, step: Tensor, args: Args) -> dict[str, Tensor]:
+    """Adds βᵏ · step (P,) to θ, with the first k = 0 … K − 1 that gains and stays in the trust region.
+
+    Returns what to log, βᵏ with it. Where there is no such k, or the step is not a number, every parameter stays as it
+    was, and βᵏ is given as 0.
     """
-    start = [parameter.clone() for parameter in parameters]
-    steps = [part.view_as(x) for part, x in zip(step.split([x.numel() for x in parameters]), parameters)]
-    before = average(surrogate.objective_and_kl()[0])
+    parameters = policy_parameters(agent)
+    start = [p.clone() for p in parameters]
+    steps = [part.view_as(p) for part, p in zip(step.split([p.numel() for p in parameters]), parameters)]
+    before, _ = objective_and_kl(agent, batch)
+    if not torch.equal(agent.actor(batch.states), batch.old_outputs):
+        fail("the actor gives one state several outputs (by Dropout?): no KL measures how far a step has gone")
+    metrics = {"policy_loss": -before, "kl": torch.zeros_like(before), "step_fraction": torch.zeros_like(before)}
     for k in range(args.line_search_steps):
         fraction = args.line_search_shrink**k
-        for parameter, old, part in zip(parameters, start, steps):
-            parameter.copy_(old + fraction * part)
-        objective, kl = map(average, surrogate.objective_and_kl())
+        for p, old, part in zip(parameters, start, steps):
+            p.copy_(old + fraction * part)
+        objective, kl = objective_and_kl(agent, batch)
         if objective > before and kl < args.target_kl:
-            return fraction, objective, kl
-    for parameter, old in zip(parameters, start):
-        parameter.copy_(old)
-    return 0.0, before, torch.zeros_like(before)
+            return {"policy_loss": -objective, "kl": kl, "step_fraction": torch.full_like(kl, fraction)}
+    for p, old in zip(parameters, start):
+        p.copy_(old)
+    return metrics
 
 
-def trpo_update(agent: ActorCritic, states, actions, advantages, args: Args) -> dict[str, float]:
-    """One step of the policy on a rollout; states (B, D), actions (B, …), advantages (B,)."""
-    if args.normalize_advantages and len(advantages) > 1:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    parameters = policy_parameters(agent)
-    surrogate = Surrogate(agent, states, actions, advantages)
-    objective, kl = surrogate.objective_and_kl()
-    gradient = average(flat_gradient(objective, parameters, retain_graph=True))
-    product = fisher_vector_product(kl, parameters, args.cg_damping)
-    direction = conjugate_gradient(product, gradient, args.cg_iterations)
-    step = (2 * args.target_kl / (direction @ product(direction))).sqrt() * direction  # 0/0 for a gradient of 0
-    fraction, objective, kl = line_search(parameters, step, surrogate, args)
-    losses = {"policy_loss": -objective.item(), "kl": kl.item(), "entropy": surrogate.entropy.item()}
-    return losses | {"step_fraction": fraction}
+def critic_gradient(agent: nn.Module, batch: ValueBatch) -> dict[str, Tensor]:
+    """Leaves ∇E[(V − R̂)²] of a minibatch in the critic's .grad; with --compile this is one graph."""
+    loss = F.mse_loss(agent.value(batch.states), batch.returns)
+    loss.backward()
+    return {"value_loss": loss.detach()}
 
 
-def parameter_vector(module: nn.Module) -> nn.Parameter:
-    """All parameters of `module` as one vector (P,), of which they become views.
-
-    Optimiser and gradient then take a few operations instead of a few per parameter. Call it once, after `module.to`
-    and before anything else keeps the weights; then step with `vector_step`: the optimiser never sees what
-    `loss.backward()` leaves in a parameter's .grad, and a parameter that is replaced later is trained no more.
-    """
-    parameters = list(module.parameters())
-    vector = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
-    nn.utils.vector_to_parameters(vector.data, parameters)
-    return vector
-
-
-def vector_step(optimizer: torch.optim.Optimizer, gradient: Tensor) -> None:
-    """One step of an optimiser of one vector (P,), down this gradient."""
-    optimizer.param_groups[0]["params"][0].grad = gradient
-    optimizer.step()
-
-
-def critic_gradient(agent: ActorCritic, states: Tensor, returns: Tensor) -> tuple[Tensor, Tensor]:
-    """∇E[(V − R̂)²] on a minibatch, its mean over the processes, and the loss; states (B, D), returns (B,)."""
-    loss = F.mse_loss(agent.value(states), returns)
-    return average(flat_gradient(loss, list(agent.critic.parameters()))), loss.detach()
-
-
-def critic_update(agent: ActorCritic, optimizer, states, returns, gradient_of=critic_gradient) -> Tensor:
-    """One step of the optimiser of `parameter_vector(agent.critic)` on a minibatch. Returns the loss before it."""
-    gradient, loss = gradient_of(agent, states, returns)
-    vector_step(optimizer, gradient)
-    return average(loss)
-
-
-def shuffled_minibatches(batch: Sequence[Tensor], epochs: int, num_minibatches: int) -> Iterator[tuple[Tensor, ...]]:
+def shuffled_minibatches(batch: tuple, epochs: int, num_minibatches: int) -> Iterator[tuple]:
     """For every epoch a new order of the batch's samples, in equal parts if they divide it; each tensor (B, …)."""
     for _ in range(epochs):
         order = torch.randperm(len(batch[0]), device=batch[0].device)
-        yield from zip(*(x[order].chunk(num_minibatches) for x in batch))
+        yield from map(type(batch), *(x[order].chunk(num_minibatches) for x in batch))
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -480,368 +391,368 @@ def shuffled_minibatches(batch: Sequence[Tensor], epochs: int, num_minibatches: 
 
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
-    rank, world_size, device = set_up(args)
-    batch_size = args.num_envs * args.num_steps
-    if batch_size % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches} must divide --num-envs × --num-steps = {batch_size}")
-    for name in ("target_kl", "line_search_shrink"):
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be greater than 0")
-    if args.line_search_shrink >= 1:
-        fail(f"--line-search-shrink {args.line_search_shrink} must be less than 1")
-    spaces = check_spaces(args, (Discrete, Box))
-    agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(device)
-    optimizer = torch.optim.Adam([parameter_vector(agent.critic)], args.learning_rate, eps=1e-5, fused=True)
-    gradient_of = compiled(critic_gradient, device) if args.compile else critic_gradient
-    run = Run(args, rank, {"agent": agent, "optimizer": optimizer})
-    envs = make_envs(args, args.num_envs, run.dir / "videos" if args.capture_video and rank == 0 else None)
+    with Run(args) as run:
+        envs = Envs(args, args.num_envs, (Discrete, Box))
+        batch_size, spaces = args.num_envs * args.num_steps, (envs.observation_space, envs.action_space)
+        if batch_size % args.num_minibatches:
+            fail(f"--num-minibatches {args.num_minibatches} must divide --num-envs × --num-steps = {batch_size}")
+        agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(run.device)
+        optimizer = torch.optim.Adam(agent.critic.parameters(), args.learning_rate, eps=1e-5, fused=True)
+        gradient_of = torch.compile(critic_gradient) if args.compile else critic_gradient
+        run.start(envs, agent=agent, optimizer=optimizer)  # all that a checkpoint holds
 
-    actor = without_modules(agent.actor)  # a network that is not `mlp`'s has to act itself
+        obs, discounted_return = envs.reset(args.seed + run.step), torch.zeros(args.num_envs, device=run.device)
+        while run.goes_on():
+            # Collect T steps from every environment with the policy as it stands.
+            rollout = []
+            for noise in agent.draw_noise(args.num_steps, args.num_envs):
+                actions = agent.act(torch.as_tensor(obs, device=run.device), noise)
+                acted_on = obs
+                obs, next_obs, rewards, terminated, truncated = envs.step(agent.to_env(actions))
+                rollout.append((acted_on, next_obs, actions.numpy(force=True), rewards, terminated, truncated))
+                run.advance(envs)
+            rollout = (torch.as_tensor(np.array(x), device=run.device) for x in zip(*rollout))
+            observations, next_observations, actions, rewards, terminated, truncated = rollout
 
-    def tensor(x, dtype=torch.float32):
-        return torch.as_tensor(np.asarray(x), dtype=dtype, device=device)
+            # Estimate advantages and returns; everything is (T, N).
+            if args.normalize_rewards:
+                done = terminated | truncated
+                discounted = discounted_returns(rewards, done, discounted_return, args.gamma)
+                discounted_return = discounted[-1] * ~done[-1]
+                agent.return_statistics.update(discounted.flatten())
+                rewards = agent.return_statistics.scale(rewards)
+            with torch.no_grad():
+                states = agent.encode(observations)
+                values, next_values = agent.value(states), agent.value(agent.encode(next_observations))
+            advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
+            returns = advantages + values
 
-    obs, _ = envs.reset(seed=args.seed + run.step + rank * args.num_envs)
-    discounted_return = torch.zeros(args.num_envs, device=device)
-    while run.step < args.total_timesteps and not run.interrupted():
-        # Collect T steps from every environment with the policy as it stands.
-        rollout = []
-        for noise in agent.draw_noise(args.num_steps, args.num_envs):
-            actions = agent.sample(actor(agent.encode(tensor(obs, agent.observation_dtype))), noise)
-            acted_on = obs
-            obs, next_obs, rewards, terminated, truncated, infos = step_envs(envs, agent.to_env(actions))
-            rollout.append((acted_on, next_obs, actions.cpu(), rewards, terminated, truncated))
-            run.step += args.num_envs * world_size
-            run.log_episodes(infos)
+            # Update the policy: one step on the whole rollout, as long as the trust region allows.
+            batch = trpo_batch(agent, *(x.flatten(0, 1) for x in (states, actions, advantages)), args)
+            step = trust_region_step(agent, batch, args)
+            metrics = [line_search(agent, batch, step, args)]
 
-        # Estimate advantages and returns; everything is (T, N).
-        observations, next_observations, actions, rewards, terminated, truncated = zip(*rollout)
-        observations = tensor(observations, agent.observation_dtype)
-        next_observations = tensor(next_observations, agent.observation_dtype)
-        actions, rewards = torch.stack(actions).to(device), tensor(rewards)
-        terminated, truncated = tensor(terminated, torch.bool), tensor(truncated, torch.bool)
-        if args.normalize_rewards:
-            done = terminated | truncated
-            discounted = discounted_returns(rewards, done, discounted_return, args.gamma)
-            discounted_return = discounted[-1] * ~done[-1]
-            agent.return_statistics.update(discounted.flatten())
-            rewards = agent.return_statistics.scale(rewards)
-        with torch.no_grad():
-            states = agent.encode(observations)
-            values, next_values = agent.value(states), agent.value(agent.encode(next_observations))
-        advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
-        returns = advantages + values
+            # Update the critic: several epochs of shuffled minibatches.
+            batch_of_values = ValueBatch(states.flatten(0, 1), returns.flatten())
+            for minibatch in shuffled_minibatches(batch_of_values, args.critic_epochs, args.num_minibatches):
+                optimizer.zero_grad()
+                metrics.append(gradient_of(agent, minibatch))
+                optimizer.step()
+            if agent.observation_statistics is not None:
+                agent.observation_statistics.update(observations.flatten(0, 1))
 
-        # Update: one step of the policy on the whole rollout, several epochs of minibatches for the critic.
-        batch = [x.flatten(0, 1) for x in (states, actions, advantages, returns)]
-        losses = trpo_update(agent, *batch[:3], args)
-        value_losses = [
-            critic_update(agent, optimizer, *minibatch, gradient_of).clone()  # CUDA graphs reuse their outputs' memory
-            for minibatch in shuffled_minibatches([batch[0], batch[3]], args.critic_epochs, args.num_minibatches)
-        ]
-        if agent.observation_statistics is not None:
-            agent.observation_statistics.update(observations.flatten(0, 1))
-
-        # Log.
-        losses["value_loss"] = torch.stack(value_losses).mean().item()
-        losses["values"] = values.mean().item()
-        losses["explained_variance"] = explained_variance(values, returns).item()
-        run.log(losses, learning_rate=args.learning_rate)
-        if run.step - run.saved_step >= args.checkpoint_every:
-            run.checkpoint()
-
-    envs.close()
-    return run.finish(agent)
+            explained = 1 - (returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)
+            metrics.append({"values": values.mean(), "explained_variance": explained})  # of the returns' variance, by V
+            metrics.append({"entropy": batch.entropies.mean()})
+            run.log(metrics, learning_rate=args.learning_rate)
+        return run.finish(agent)
 
 
 # Plumbing: the same in every file ---------------------------------------------------------------------------
 
 ALGO = Path(__file__).stem
-FLATTEN = "Flatten it with gymnasium.wrappers.FlattenObservation"
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Stops with one line on stderr; exit code 2 where the request was wrong, 1 where the run went wrong."""
-    tqdm.write(f"{ALGO}.py: {message}", file=sys.stderr)  # on a line of its own, below a progress bar
+    tqdm.write(f"{ALGO}.py: {' '.join(message.split())}", file=sys.stderr)  # on a line of its own, below a progress bar
     raise SystemExit(code)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
+    for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
+        stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--env-id", "--env_id", default=Args.env_id)
     early.add_argument("--resume")
     known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id, **RECOMMENDED.get(known.env_id, {})})
+    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
     if known.resume:
-        try:
-            saved = json.loads((Path(known.resume) / "args.json").read_text())["args"]
-            saved = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-            defaults = Args(**saved)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"--resume {known.resume}: not the directory of a run of {ALGO}.py ({error})")
+        defaults = Args(**load_checkpoint(known.resume)["args"])
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{__doc__.splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
+    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
     args = tyro.cli(Args, default=defaults, args=argv, description=description)
     if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
         fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
     return args
 
 
-def set_up(args: Args) -> tuple[int, int, torch.device]:
-    """Seeds, threads, device; meets the other processes under torchrun. Returns (rank, world size, device)."""
-    for name, value in asdict(args).items():
-        if type(value) is int and value < 1 and name != "seed":
-            fail(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if not 0 <= args.seed < 2**32:
-        fail(f"--seed {args.seed} must be from 0 to 2³² − 1")
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
-    rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
-    torch.set_num_threads(args.torch_threads)
-    random.seed(args.seed)
-    np.random.seed(args.seed)  # neither is drawn from here: a checkpoint has PyTorch's state alone
-    torch.manual_seed(args.seed)
-    return rank, max(world_size, 1), torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+def check_args(args: Args) -> None:
+    """Refuses a value outside the range that its type in Args names."""
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+            if not all(x is None or low <= x <= high for x in values):
+                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
 
 
-def average(x: Tensor) -> Tensor:
-    """Mean over the processes of torchrun; x itself where there is only one."""
-    if not dist.is_initialized():
-        return x
-    total = x.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, a backward pass within the function included; on CUDA replayed as CUDA graphs."""
-    if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # an older PyTorch splits the graph at autograd.grad
-        torch._dynamo.config.trace_autograd_ops = True
-    return torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
+def load_checkpoint(folder: str, **modules) -> dict:
+    """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
+    try:
+        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=True)
+        if state["algo"] != ALGO:
+            raise ValueError(f"it is {state['algo']}.py's")
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
+        fail(f"--resume {folder}: no checkpoint of this {ALGO}.py, or of an older version of it ({error!r:.200})")
+    return state
 
 
 def make_env(args: Args, **kwargs) -> gym.Env:
-    """gymnasium.make, or one line why not."""
+    """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
     try:
-        return gym.make(args.env_id, **kwargs)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {args.env_id}: {' '.join(str(error).split())}")
+        env = gym.make(args.env_id, **kwargs)
+    except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
+        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
+        fail(f"--env-id {args.env_id}: {error} ({hint})")
+    plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
+    return env if plain else gym.wrappers.FlattenObservation(env)
 
 
-def check_spaces(args: Args, action_spaces: tuple[type, ...], hint: str = "") -> tuple[gym.Space, gym.Space]:
-    """The environment's observation and action space; refuses what the networks cannot take."""
-    env = make_env(args)
-    env.close()
-    if args.capture_video and "rgb_array" not in env.metadata["render_modes"]:
-        fail(f"--capture-video: {args.env_id} cannot render to images")
-    observation = ("observation", env.observation_space, (Discrete, Box), FLATTEN)
-    for kind, space, allowed, way_out in (observation, ("action", env.action_space, action_spaces, hint)):
-        if not isinstance(space, allowed) or (isinstance(space, Box) and len(space.shape) != 1):
-            names = " or ".join("a one-dimensional Box" if x is Box else x.__name__ for x in allowed)
-            message = f"{args.env_id} has the {kind} space {space}; {ALGO} needs {names}. {way_out}"
-            fail(" ".join(message.split()))
-    return env.observation_space, env.action_space
+class Envs:
+    """N environments, stepped in turn; where an episode ends, the next one begins within the same step.
 
-
-def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
-    """Environments that reset within the step that ends an episode: no step is spent on a reset."""
-
-    def make(index: int) -> gym.Env:
-        if video_dir is None or index > 0:
-            return make_env(args)
-        return gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), str(video_dir))
-
-    envs = [lambda index=index: make(index) for index in range(num_envs)]
-    envs = gym.vector.SyncVectorEnv(envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
-
-
-def step_envs(envs: gym.vector.VectorEnv, actions: Tensor) -> tuple:
-    """(observation to act on, observation reached, rewards, terminated, truncated, infos).
-
-    The two observations differ where an episode ended: it reached its final one, and the next one has begun.
-    """
-    obs, rewards, terminated, truncated, infos = envs.step(actions.cpu().numpy())
-    reached = obs
-    if "final_obs" in infos:
-        reached = obs.copy()
-        for i in np.flatnonzero(infos["_final_obs"]):
-            reached[i] = infos["final_obs"][i]
-    if not (np.isfinite(rewards).all() and np.isfinite(reached).all()):
-        fail("the environment gave a reward or observation that is not finite; the last checkpoint stays", code=1)
-    return obs, reached, rewards, terminated, truncated, infos
-
-
-class Run:
-    """A run directory and all that goes into it: arguments, episodes, metrics, checkpoints, the exported policy.
-
-    `modules` (anything with a state_dict) are what a checkpoint holds beside the counters and PyTorch's random state;
-    one that is made later is not resumed, and begins differently in every process. Under torchrun only rank 0 writes.
+    Observations are copies (N, …): float32, bytes as they are, int64 of a Discrete space.
     """
 
-    def __init__(self, args: Args, rank: int, modules: dict):
-        self.args, self.rank, self.modules, self.signals, self.stopped = args, rank, modules, [], False
-        self.step, self.saved_step, self.seconds, self.monitor_size = 0, 0, 0.0, 0
-        self.dir = Path(args.resume) if args.resume else None
+    def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
+        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
+        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
+        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
+        self.dtype = np.int64 if index else np.uint8 if image else np.float32
+        self.episodes = []  # (environment, return, length) of those that ended in the last step
+        if len(self.observation_space.shape) == 3:
+            fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
+        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
+            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
+            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
+            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+
+    def film(self, args: Args, folder: str, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
+        self.envs[0] = gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), folder, name_prefix=name)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """First observations (N, …); environment i is seeded with seed + i."""
+        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
+
+    def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
+        """(observations to act on, observations reached, rewards, terminated, truncated), each (N, …).
+
+        The two observations differ where an episode ended: it reached its final one, and the next one has begun.
+        """
+        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
+            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
+            rewards[i] = reward = float(reward)
+            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
+            if self.lengths[i] == 1000 and getattr(env, "recording", False):
+                env.stop_recording()  # its frames are kept in memory
+        finite("reward", rewards), finite("observation", reached)
+        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
+        for i, *_ in self.episodes:
+            obs = reached.copy() if obs is reached else obs
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
+        return obs, reached, rewards, terminated, truncated
+
+    def close(self) -> None:
+        """Closes them all."""
+        for env in self.envs:
+            env.close()
+
+
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
+class Run(ExitStack):
+    """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        check_args(args)
+        self.args, self.step, self.updates, self.saved_step, self.longest_episode = args, 0, 0, 0, 0
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+        if kind != "cpu" and not getattr(torch, kind).is_available():
+            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
+        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.callback(torch.set_num_threads, torch.get_num_threads())
+        self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        if args.compile:
+            self.compile_backward()
+
+        def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
+            self.stopped = True
+            signal.signal(number, signal.SIG_DFL)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
+                self.callback(signal.signal, number, signal.signal(number, stop))
+        torch.set_num_threads(args.torch_threads)
+        random.seed(args.seed), np.random.seed(args.seed)  # not drawn from here: a checkpoint has PyTorch's state alone
+        torch.manual_seed(args.seed)
+
+    def compile_backward(self) -> None:
+        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
+        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+
+    def __exit__(self, kind, error, trace) -> bool:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+
+    def start(self, envs, **modules) -> None:
+        """Makes a run directory, or opens --resume's. `modules`, with state_dicts, are what a checkpoint holds."""
+        args, self.envs, self.modules, state = self.args, envs, modules, {"seconds": 0, "monitor_size": 0}
+        self.callback(envs.close)
+        self.dir = Path(args.resume) if args.resume else self.new_dir()
+        self.monitor = self.enter_context(open(self.dir / "monitor.csv", "a", buffering=1, newline=""))
+        try:
+            getattr(os, "lockf", max)(self.monitor.fileno(), getattr(os, "F_TLOCK", 0), 0)  # Windows has no such lock
+        except OSError:
+            fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
-            self.restore()
-        elif rank == 0:
-            self.dir = self.new_dir()
-        self.start_step, self.start_time = self.step, time.time() - self.seconds
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        if rank > 0:
-            torch.manual_seed(args.seed + self.step + rank)
-            return
+            state = load_checkpoint(args.resume, **modules)
+            self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
+            self.saved_step = self.step
+            torch.set_rng_state(state["rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
+        self.start_time = time.time() - state["seconds"]
+        self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
         about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
         about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        (self.dir / "args.tmp").write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(self.dir / "args.tmp", self.dir / "args.json")
+        (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+        if args.capture_video:
+            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
-        self.monitor = open(self.dir / "monitor.csv", "a", buffering=1)
-        self.monitor.truncate(self.monitor_size)  # episodes after the checkpoint will be lived through again
-        if self.monitor_size == 0:
-            header = {"t_start": self.start_time, "env_id": args.env_id}
-            self.monitor.write(f"#{json.dumps(header)}\nr,l,t\n")
+        self.callback(self.writer.close)
+        if not args.resume:
+            self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
-        self.recent_returns = deque(maxlen=100)
+        settings = {name: value == getattr(args, name) for name, value in RECOMMENDED.get(args.env_id, {}).items()}
+        texts = {yes: [f"{x}={getattr(args, x)}" for x in settings if settings[x] is yes] for yes in (True, False)}
+        print(f"recommended settings taken: {' '.join(texts[True])}; overridden: {' '.join(texts[False])}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
+        self.callback(self.bar.close)
 
     def new_dir(self) -> Path:
         """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        name = f"{self.args.env_id.replace('/', '-')}__{ALGO}__{self.args.seed}__{int(time.time())}"
-        for n in itertools.count():
-            path = Path(self.args.output_dir) / (f"{name}_{n}" if n else name)
-            try:
-                path.mkdir(parents=True)
-                return path
-            except FileExistsError:
-                pass
-            except OSError as error:
-                fail(f"--output-dir {self.args.output_dir}: {error}")
+        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
+        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+                with suppress(FileExistsError):
+                    path.mkdir()
+                    return path
+        except OSError as error:
+            fail(f"--output-dir {self.args.output_dir}: {error}")
 
-    def on_signal(self, number: int, frame) -> None:
-        """Ctrl-C and SIGTERM let the iteration in progress end; a second one stops at once."""
-        self.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    def interrupted(self) -> bool:
-        """Whether this process, or another one under torchrun, was asked to stop."""
-        self.stopped = average(torch.tensor(float(len(self.signals)))).item() > 0
-        return self.stopped
+    def goes_on(self) -> bool:
+        """Whether there are steps left and nobody has asked to stop; writes a checkpoint where one is due."""
+        if self.step - self.saved_step >= self.args.checkpoint_every:
+            self.checkpoint()
+        return self.step < self.args.total_timesteps and not self.stopped
 
     def checkpoint(self) -> None:
         """Writes checkpoint.pt under another name and renames it: whenever the process dies, a whole one is there."""
-        if self.rank > 0:
-            return
-        weights = [x for module in self.modules.values() if isinstance(module, nn.Module) for x in module.parameters()]
-        if not all(x.isfinite().all() for x in weights):
+        networks = [module for module in self.modules.values() if isinstance(module, nn.Module)]
+        if not all(x.isfinite().all() for network in networks for x in network.parameters()):
             fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"step": self.step, "seconds": time.time() - self.start_time}
-        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
-        state["rng"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        torch.save(state, self.dir / "checkpoint.tmp")
-        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
+        state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
+        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
+        try:
+            torch.save(state, self.dir / "checkpoint.tmp")
+            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
+            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
         self.saved_step = self.step
 
-    def restore(self) -> None:
-        """Loads checkpoint.pt into the modules, the counters and PyTorch's random state."""
-        try:
-            state = torch.load(self.dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-            for name, module in self.modules.items():
-                module.load_state_dict(state[name])
-            self.step = self.saved_step = state["step"]
-            self.seconds, self.monitor_size = state["seconds"], state["monitor_size"]
-            torch.set_rng_state(state["rng"]["torch"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this run
-            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            fail(f"--resume {self.dir}: checkpoint.pt cannot be used ({reason})")
-
-    def log_episodes(self, infos: dict) -> None:
-        """Writes the episodes that ended in this step to monitor.csv and TensorBoard."""
-        if self.rank > 0 or "episode" not in infos:
-            return
-        for i in np.flatnonzero(infos["_episode"]):
-            episode_return, length = float(infos["episode"]["r"][i]), int(infos["episode"]["l"][i])
+    def advance(self, envs) -> None:
+        """Counts a step of all environments, and writes down the episodes that it ended."""
+        self.step += envs.num_envs
+        for _, episode_return, length in envs.episodes:
+            self.longest_episode = max(self.longest_episode, length)
+            self.recent_returns.append(episode_return)
             self.monitor.write(f"{episode_return:.6f},{length},{time.time() - self.start_time:.6f}\n")
             self.writer.add_scalar("charts/episodic_return", episode_return, self.step)
             self.writer.add_scalar("charts/episodic_length", length, self.step)
-            self.recent_returns.append(episode_return)
 
-    def log(self, losses: dict[str, float], **charts: float) -> None:
-        """Writes losses/* and charts/* to TensorBoard and moves the progress bar; stops where a loss is not finite."""
-        bad = ", ".join(name for name, value in losses.items() if not np.isfinite(value))
-        if bad:
-            fail(f"{bad} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
-        if self.rank > 0:
-            return
-        charts["SPS"] = (self.step - self.start_step) / (time.time() - self.start_time - self.seconds)
+    def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
+        """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
+        names = dict.fromkeys(itertools.chain(*metrics))
+        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
+        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
+        charts["SPS"] = self.step / (time.time() - self.start_time)
         for group, values in (("losses", losses), ("charts", charts)):
             for name, value in values.items():
                 self.writer.add_scalar(f"{group}/{name}", value, self.step)
-        if self.recent_returns:
-            self.bar.set_postfix({"return": f"{np.mean(self.recent_returns):.1f}"}, refresh=False)
+        self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
         self.bar.update(self.step - self.bar.n)
 
     def finish(self, policy: nn.Module) -> dict:
         """Last checkpoint; then, unless the run was interrupted, policy.pt2, the evaluation and the last two lines."""
         self.checkpoint()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if self.rank > 0:
-            return {}
         self.bar.close()
-        self.monitor.close()
         if self.stopped:
             print(f"stopped at step {self.step}; to go on: --resume {self.dir}", file=sys.stderr)
             raise SystemExit(130)
-        export_policy(policy, self.dir / "policy.pt2")
-        returns = evaluate(policy, self.args)
+        export_policy(policy, self.envs, self.dir / "policy.pt2")
+        limit = self.envs.time_limit or 10 * self.longest_episode or 1000
+        if self.envs.time_limit is None:
+            print(f"{self.args.env_id} has no time limit: evaluation cuts episodes after {limit} steps")
+        returns = evaluate(policy, self.args, type(self.envs), max_episode_steps=limit)
         self.writer.add_scalar("eval/episodic_return", returns.mean(), self.step)
-        self.writer.close()
         print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-        print(f"run directory: {self.dir}")
+        print(f"run directory: {self.dir}", flush=True)
         return {"run_dir": self.dir, "returns": returns}
 
 
 @torch.no_grad()
-def evaluate(policy: nn.Module, args: Args) -> np.ndarray:
-    """Returns (eval_episodes,) of fresh episodes with the deterministic policy, each in its own environment.
-
-    A policy with a memory would have to carry it on here, and in export_policy; one with dropout or BatchNorm, to be
-    switched to eval() in both.
-    """
-    envs = make_envs(args, args.eval_episodes)
-    obs, _ = envs.reset(seed=args.seed + 1_000_000)
-    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, dtype=bool)
-    device = next(policy.parameters()).device
-    while running.any():
-        actions = policy(torch.as_tensor(obs, dtype=policy.observation_dtype, device=device))
-        obs, _, rewards, terminated, truncated, _ = step_envs(envs, actions)
-        returns += rewards * running
-        running &= ~(terminated | truncated)
+def evaluate(policy: nn.Module, args: Args, envs_class: type = Envs, **kwargs) -> np.ndarray:
+    """Returns (eval_episodes,) of the deterministic policy; episode i is reset with seed + 1 000 000 + i."""
+    envs, training = envs_class(args, min(args.num_envs, args.eval_episodes), **kwargs), policy.training
+    returns, device = np.full(args.eval_episodes, np.nan), next(policy.parameters()).device
+    policy.eval()
+    for first in range(0, args.eval_episodes, envs.num_envs):
+        obs, playing = envs.reset(args.seed + 1_000_000 + first), returns[first : first + envs.num_envs]
+        while np.isnan(playing).any():
+            obs, *_ = envs.step(policy(torch.as_tensor(obs, device=device)))
+            for i, episode_return, _ in envs.episodes:
+                if i < len(playing) and np.isnan(playing[i]):
+                    playing[i] = episode_return
     envs.close()
+    policy.train(training)
     return returns
 
 
-def export_policy(policy: nn.Module, path: Path) -> None:
-    """Saves `policy.forward` for the CPU: `torch.export.load(path).module()(obs)`, any batch size.
-
-    The module's other weights, critics for instance, go into the file as well.
-    """
-    policy = copy.deepcopy(policy).cpu()
-    example = torch.as_tensor(np.stack([policy.observation_space.sample()] * 2), dtype=policy.observation_dtype)
-    program = torch.export.export(policy, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
+def export_policy(policy: nn.Module, envs, path: Path) -> None:
+    """Saves `policy.forward` (and all its weights): `torch.export.load(path).module()(obs)`, any batch size."""
+    example = torch.as_tensor(np.stack([envs.observation_space.sample()] * 2).astype(envs.dtype))
+    policy, shapes = copy.deepcopy(policy).cpu().eval(), ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=shapes), path)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     python benchmarks/run.py mujoco --only Hopper --dry-run     # what it would do
     python benchmarks/run.py classic --rerun-changed            # measures anew what older code has measured
     python benchmarks/run.py classic --confirm-changed          # or one seed of it, to see that nothing else changed
+    python benchmarks/run.py classic --confirm-changed --against ../old   # on another processor: against old code there
     python benchmarks/run.py atari --launcher ray               # on all nodes of a Ray cluster (RAY_ADDRESS)
 
 Each cell (implementation, algorithm, environment, seed, steps) is one process with the command that a user would
@@ -23,10 +24,11 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import asdict, astuple, dataclass, fields, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -67,6 +69,9 @@ class Args:
     confirm_changed: bool = False
     """of those, measure one seed anew per algorithm and environment: if every episode is as recorded, the rows of the
     other seeds count as measured with today's code, too"""
+    against: Path | None = None
+    """for --confirm-changed on a processor that rounds otherwise than the one that measured: a checkout of the code
+    that did, which is run here too; its episodes, not the recorded ones, have to be the same"""
     dry_run: bool = False
     """list the cells and the time that they take, start nothing: "skip" what is recorded, "record" what has finished in
     --work, "resume" what has begun there, "run" the rest; † where other code or flags than today's measured it"""
@@ -321,7 +326,7 @@ def record(cell: Cell, folder: Path, results: Path) -> None:
         "seconds": round(seconds, 1),
         **what_ran(cell, folder, run_dir),
         "versions": " ".join(f"{name}={version}" for name, version in versions.items()),
-        "date": datetime.fromtimestamp((folder / "stdout.txt").stat().st_mtime, timezone.utc).date().isoformat(),
+        "date": datetime.fromtimestamp((folder / "stdout.txt").stat().st_mtime, UTC).date().isoformat(),
     }
     row["command"] = row.pop("command")  # the last column
     (results / "episodes").mkdir(parents=True, exist_ok=True)
@@ -468,7 +473,9 @@ def confirm(todo: list[Cell], args: Args) -> int:
     """Measures one cell of each group of changed ones in a folder apart. Returns how many failed or differ.
 
     Same seed, same bits: where its evaluation and every episode are the recorded ones, the change made no difference,
-    and the rows of the group that the same code had measured get today's code_sha256 and versions.
+    and the rows of the group that the same code had measured get today's code_sha256 and versions. Where only the
+    evaluation differs, as it may by rounding where another number of environments is evaluated at a time, the new one
+    is recorded for that cell. With --against what the recorded code does on this machine stands for what is recorded.
     """
     runs = read_runs(args.results)
     changed = changed_cells(todo, runs)
@@ -476,28 +483,40 @@ def confirm(todo: list[Cell], args: Args) -> int:
     if not firsts:
         print("nothing has changed", file=sys.stderr)
         return 0
-    apart = args.work / "confirm"
+    apart, reference = args.work / "confirm", args.results
+    if args.against:
+        reference = apart / "against"
+        names = "|".join(f"^{re.escape(cell.name)}$" for cell in firsts.values())
+        command = [sys.executable, args.against / "benchmarks" / "run.py", args.suite, "--only", names]
+        command += ["--workers", args.workers, "--results", reference, "--work", apart / "against_work"]
+        subprocess.run([str(x) for x in command])
     failed = run(list(firsts.values()), replace(args, work=apart, results=apart / "results", rerun_changed=True))
-    again, names = read_runs(apart / "results"), ["eval_mean", "eval_std", "eval_episodes"]
+    old_runs, new_runs, evaluations = read_runs(reference), read_runs(apart / "results"), ["eval_mean", "eval_std"]
     for key, cell in firsts.items():
-        if astuple(cell) not in again.index or again.code_sha256[astuple(cell)] != present_code(cell):
+        if astuple(cell) not in new_runs.index or new_runs.code_sha256[astuple(cell)] != present_code(cell):
             continue  # it failed: what is there is of an older confirmation
+        recorded, new = runs.loc[astuple(cell)], new_runs.loc[astuple(cell)]
+        if astuple(cell) not in old_runs.index or old_runs.code_sha256[astuple(cell)] != recorded["code_sha256"]:
+            failed += 1
+            print(f"{cell.name}: {args.against} is not the code that measured it, or it failed", file=sys.stderr)
+            continue
         one, other = (
             pd.read_csv(results / "episodes" / f"{cell.name}.csv.gz")[["r", "l"]]
-            for results in (args.results, apart / "results")
+            for results in (reference, apart / "results")
         )
-        old, new = runs.loc[astuple(cell)], again.loc[astuple(cell)]
-        if not (one.equals(other) and list(old[names]) == list(new[names])):
+        if not one.equals(other):
             failed += 1
             print(f"{cell.name}: its episodes are others now; --rerun-changed measures them", file=sys.stderr)
             continue
-        same = [c for c in changed if group(c) == key and runs.code_sha256[astuple(c)] == old["code_sha256"]]
-        same = same if old["code_sha256"] != "unknown" else [cell]
+        same = [c for c in changed if group(c) == key and runs.code_sha256[astuple(c)] == recorded["code_sha256"]]
+        same = same if recorded["code_sha256"] != "unknown" else [cell]
         with writing(args.results):
             now = read_runs(args.results)
-            rows = [astuple(c) for c in same if now.code_sha256[astuple(c)] == old["code_sha256"]]
+            rows = [astuple(c) for c in same if now.code_sha256[astuple(c)] == recorded["code_sha256"]]
             now.loc[rows, "code_sha256"] = [present_code(Cell(*row)) for row in rows]
             now.loc[rows, "versions"] = new["versions"]
+            if list(old_runs.loc[astuple(cell)][evaluations]) != list(new[evaluations]):
+                now.loc[[astuple(cell)], evaluations] = [list(new[evaluations])]
             write_runs(now, args.results)
         print("\n".join(f"{Cell(*row).name}: confirmed" for row in rows), file=sys.stderr)
     return failed

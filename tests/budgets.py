@@ -127,8 +127,12 @@ class Text:
         return self.code & set(range(first, node.end_lineno + 1))
 
 
+DRAWS = {"shuffled_minibatches", "ReplayBuffer.draw_rows", "ReplayBuffer.get", "n_step_transitions"}
+"""Functions that a minibatch comes from."""
+
+
 class Tracer:
-    """sys.setprofile's function: collects what runs between an optimiser's step and the next one."""
+    """sys.setprofile's function: collects what runs between a minibatch and the optimiser's step on it."""
 
     def __init__(self, path: Path, text: Text):
         self.file, self.text = str(path), text
@@ -159,6 +163,9 @@ class Tracer:
             self.stack.append((frame, name))
             if name.startswith("Envs.") or name == "step_envs":
                 self.window = None
+            elif name in DRAWS and self.window is not None:
+                self.window = [set(), set(), set(), 0]  # the minibatch is on its way: what follows is the step
+                return
         if self.window is None:
             return
         self.window[2].add(self.train.f_lineno)
@@ -185,9 +192,8 @@ class Tracer:
         if is_step(frame, name):
             if self.window is not None:
                 functions, networks, lines, depth = self.window
-                self.functions |= functions
-                self.networks |= networks
-                self.train_lines |= lines
+                if len(functions) > len(self.functions):  # the longest of an actor's and a critic's, say
+                    self.functions, self.networks, self.train_lines = functions, networks, lines
                 self.depth = max(self.depth, depth)
                 self.windows += 1
             self.window = [set(), set(), set(), 0]

@@ -129,9 +129,8 @@ def assert_parameters_agree(ours, theirs, tolerance: float, before: dict) -> flo
 
 
 def copy_critics(theirs, ours):
-    """SB3's ContinuousCritic → CriticEnsemble; returns the latter."""
-    for i, network in enumerate(theirs.q_networks):
-        linears = [layer for layer in network if isinstance(layer, torch.nn.Linear)]
-        for layer, linear in zip(ours.layers, linears, strict=True):
-            layer.weight.data[i], layer.bias.data[i, 0] = linear.weight.data.T, linear.bias.data
+    """SB3's ContinuousCritic → Critics; returns the latter."""
+    for network, other in zip(ours, theirs.q_networks, strict=True):
+        for layer, theirs_layer in zip(network, other, strict=True):
+            layer.load_state_dict(theirs_layer.state_dict())
     return ours

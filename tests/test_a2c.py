@@ -37,35 +37,56 @@ def test_online_actor_critic_takes_the_temporal_difference_as_advantage():
         assert a2c.gae(r, v, next_v, ~no, no, 0.9, gae_lambda).item() == pytest.approx(1 - 5)
 
 
-def test_the_loss_takes_advantages_and_returns_as_constants():
-    agent = a2c.ActorCritic(Box(-1, 1, (3,)), Discrete(2), (8,))
-    states, actions = torch.randn(6, 3), torch.randint(2, (6,))
-    advantages, returns = torch.randn(6, requires_grad=True), torch.randn(6, requires_grad=True)
-    args = a2c.Args(ent_coef=0.1, vf_coef=0.7)
-    loss, metrics = a2c.a2c_loss(agent, states, actions, advantages, returns, args)
-    log_probs = agent.actor(states).log_softmax(-1)
-    policy_loss = -(log_probs[range(6), actions] * advantages).mean()
-    value_loss = (agent.critic(states).squeeze(-1) - returns).square().mean()
-    entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
-    torch.testing.assert_close(loss, policy_loss + 0.7 * value_loss - 0.1 * entropy)
-    loss.backward()
-    assert advantages.grad is None and returns.grad is None
-    torch.testing.assert_close(metrics, torch.stack([policy_loss, value_loss, entropy]))
+def random_rollout(space, T=5, N=4):
+    """An agent of three numbers, and a rollout that it might have seen."""
+    torch.manual_seed(0)
+    agent = a2c.ActorCritic(Box(-1, 1, (3,)), space, (8,))
+    agent.actor[-1].weight.data *= 100
+    states, next_states = torch.randn(2, T, N, 3)
+    actions = torch.randint(2, (T, N)) if isinstance(space, Discrete) else torch.randn(T, N, 2)
+    ends = torch.rand(2, T, N) < 0.2
+    return agent, a2c.Rollout(states, next_states, actions, torch.randn(T, N), *ends)
 
 
-@pytest.mark.parametrize("bound", [0.5, 3.0])
-def test_the_gradient_is_bounded_and_a_small_one_is_left_alone(monkeypatch, bound):
-    agent, gradient = a2c.ActorCritic(Box(-1, 1, (3,)), Discrete(2), (4,)), torch.tensor([0.0, 2.0, 0.0])
-    monkeypatch.setattr(a2c, "gradient_vector", lambda loss, module: gradient)
-    observations, actions, rewards, ends = (
-        torch.randn(2, 5, 4, 3),
-        torch.zeros(5, 4),
-        torch.rand(5, 4),
-        torch.zeros(5, 4),
-    )
-    rollout = a2c.Rollout(*observations, actions.long(), rewards, ends.bool(), ends.bool())
-    bounded, _ = a2c.a2c_gradient(agent, rollout, a2c.Args(max_grad_norm=bound))
-    torch.testing.assert_close(bounded, gradient * min(1, bound / 2))
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("space", [Discrete(2), Box(-1, 1, (2,))], ids=["discrete", "box"])
+def test_the_gradient_is_that_of_the_loss_with_advantages_and_returns_as_constants(space, normalize):
+    agent, rollout = random_rollout(space)
+    flags = {"ent_coef": 0.1, "vf_coef": 0.7, "gamma": 0.9, "gae_lambda": 0.8, "max_grad_norm": 1e9}
+    metrics = a2c.a2c_gradient(agent, rollout, a2c.Args(**flags, normalize_advantages=normalize))
+    found = [p.grad.clone() for p in agent.parameters()]
+
+    values, next_values = (agent.critic(x).squeeze(-1).detach() for x in (rollout.states, rollout.next_states))
+    advantages = a2c.gae(rollout.rewards, values, next_values, rollout.terminated, rollout.truncated, 0.9, 0.8)
+    returns = advantages + values
+    explained = 1 - (returns - values).var(correction=0) / returns.var(correction=0)
+    if normalize:
+        advantages = (advantages - advantages.mean()) / advantages.std()
+    if isinstance(space, Discrete):
+        pi = torch.distributions.Categorical(logits=agent.actor(rollout.states))
+        log_probs, entropy = pi.log_prob(rollout.actions), pi.entropy().mean()
+    else:
+        pi = torch.distributions.Normal(agent.actor(rollout.states), agent.log_std.exp())
+        log_probs, entropy = pi.log_prob(rollout.actions).sum(-1), pi.entropy().sum(-1).mean()
+    policy_loss = -(log_probs * advantages).mean()
+    value_loss = (agent.critic(rollout.states).squeeze(-1) - returns).square().mean()
+    loss = policy_loss + 0.7 * value_loss - 0.1 * entropy
+    expected = torch.autograd.grad(loss, list(agent.parameters()))
+    assert all(x.abs().max() > 1e-4 for x in expected)
+    torch.testing.assert_close(found, list(expected), rtol=1e-4, atol=1e-6)
+    expected = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, values=values.mean())
+    expected["explained_variance"] = explained
+    torch.testing.assert_close(metrics, {name: x.detach() for name, x in expected.items()}, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bound", [0.01, 1e9])
+def test_the_gradient_is_bounded_and_a_small_one_is_left_alone(bound):
+    norms = []
+    for max_grad_norm in (1e9, bound):
+        agent, rollout = random_rollout(Discrete(2))
+        a2c.a2c_gradient(agent, rollout, a2c.Args(max_grad_norm=max_grad_norm))
+        norms.append(torch.cat([p.grad.flatten() for p in agent.parameters()]).norm().item())
+    assert norms[0] > 0.1 and norms[1] == pytest.approx(min(bound, norms[0]), rel=1e-3)
 
 
 def test_online_actor_critic_runs():
@@ -102,18 +123,20 @@ def test_update_parity_with_sb3(env_id, variant, record_property):
     spaces = env.observation_space, env.action_space
     agent = copy_weights(model.policy, a2c.ActorCritic(*spaces, args.hidden_sizes))
     before = {name: p.clone() for name, p in agent.named_parameters()}
-    optimizer = a2c.make_optimizer(a2c.parameter_vector(agent), args)
+    optimizer = a2c.make_optimizer(agent.parameters(), args)
 
     def update(obs, next_obs, actions, rewards, terminated, truncated):
         obs, next_obs = obs.float(), next_obs.float()  # as SB3's policies make of them
         if args.anneal_lr:
             remaining = 1 - (model.num_timesteps - T * N) / args.total_timesteps
-            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+            a2c.anneal(optimizer, remaining)
         with torch.no_grad():
             values, next_values = agent.value(torch.stack([obs, next_obs]))
         advantages = a2c.gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
         assert_advantages_agree(model, advantages)
-        a2c.a2c_update(agent, optimizer, a2c.Rollout(obs, next_obs, actions, rewards, terminated, truncated), args)
+        optimizer.zero_grad()
+        a2c.a2c_gradient(agent, a2c.Rollout(obs, next_obs, actions, rewards, terminated, truncated), args)
+        optimizer.step()
 
     follow(model, args.total_timesteps, update)
     reference = copy_weights(model.policy, a2c.ActorCritic(*spaces, args.hidden_sizes))

@@ -5,11 +5,13 @@ import importlib
 import json
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 ALGOS = Path(__file__).resolve().parent.parent / "algos"
 FLAGS = {
@@ -38,6 +40,9 @@ def checkpoint(run_dir: Path) -> dict:
     return torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
 
 
+Pair = namedtuple("Pair", "total product")
+
+
 @pytest.mark.parametrize("algo", ["ddpg", "td3", "sac"])
 def test_inputs_are_copied_to_where_the_recording_had_its_own(monkeypatch, algo):
     """Without a GPU: a graph whose replay is the function of what lies in memory then, written over its results."""
@@ -45,22 +50,31 @@ def test_inputs_are_copied_to_where_the_recording_had_its_own(monkeypatch, algo)
 
     class Memory:
         def replay(self):
-            replays.append([x.data_ptr() for x in recorded.inputs if x is not None])
-            for own, new in zip(recorded.outputs, recorded.function(*recorded.inputs)):
-                own.copy_(new)
+            replays.append([x.data_ptr() for x in pytree.tree_leaves(recorded.inputs) if x is not None])
+            new = recorded.function(*recorded.inputs)
+            for own, other in zip(pytree.tree_leaves(recorded.outputs), pytree.tree_leaves(new), strict=True):
+                own.copy_(other)
 
     nothing = contextlib.nullcontext
     stream = SimpleNamespace(wait_stream=lambda other: None)
     fakes = dict(CUDAGraph=Memory, graph=lambda graph: nothing(), Stream=lambda: stream, stream=lambda x: nothing())
     for name, fake in (fakes | dict(current_stream=lambda: stream)).items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    recorded = graph(lambda x, none, y: (x + y, x * y))
+    recorded = graph(lambda x, none, y: (Pair(x + y.total, x * y.product), {"x": x.clone()}))
     shared, results = torch.zeros(2), []
     for i in range(7):
         shared.fill_(i)
-        results.append([x.clone() for x in recorded(torch.full((2,), 10.0 * i), None, shared)])
-    assert [[x[0].item() for x in pair] for pair in results] == [[11 * i, 10 * i * i] for i in range(7)]
-    assert len(replays) == 4 and all(x == replays[0] for x in replays) and replays[0][1] == shared.data_ptr()
+        results.append(recorded(torch.full((2,), 10.0 * i), None, Pair(shared, shared)))
+    values = [(pair.total[0].item(), pair.product[0].item(), other["x"][0].item()) for pair, other in results]
+    assert values == [(11 * i, 10 * i * i, 10 * i) for i in range(7)], "a later call has written over a result"
+    assert len(replays) == 4 and all(x == replays[0] for x in replays)
+
+
+@pytest.mark.parametrize("algo", ["ddpg", "td3", "sac"])
+@pytest.mark.parametrize("compiled, device", [(False, "cuda"), (True, "cpu"), (True, "mps")])
+def test_elsewhere_a_function_is_given_back_as_it_is(algo, compiled, device):
+    script = importlib.import_module(algo)
+    assert script.cuda_graph(print, script.Args(compile=compiled), torch.device(device)) is print
 
 
 @needs_gpu
@@ -99,7 +113,7 @@ def test_compile_changes_no_result(name):
             )
     for key in ("observations", "actions", "rewards"):
         torch.testing.assert_close(a["buffer"][key], b["buffer"][key], rtol=1e-3, atol=1e-3)
-    assert torch.equal(a["rng"]["cuda"][0], b["rng"]["cuda"][0])
+    assert torch.equal(a["cuda_rng"][0], b["cuda_rng"][0])
 
 
 @needs_gpu
@@ -109,7 +123,7 @@ def test_a_run_with_graphs_goes_on():
     before = checkpoint(run_dir)
     assert run("sac", f"--resume {run_dir} --total-timesteps 300") == run_dir
     after = checkpoint(run_dir)
-    assert after["counter"]["updates"] == before["counter"]["updates"] + 50
+    assert after["updates"] == before["updates"] + 50
     assert json.loads((run_dir / "args.json").read_text())["args"]["compile"]
     assert not any(before["agent"][key].equal(x) for key, x in after["agent"].items() if key.startswith("actor"))
     assert all(x.isfinite().all() for x in after["agent"].values())

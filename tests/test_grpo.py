@@ -1,6 +1,7 @@
 """algos/grpo.py: group advantages, the KL to the reference, and REINFORCE's gradient as a special case."""
 
 import copy
+from collections import namedtuple
 
 import grpo
 import gymnasium as gym
@@ -58,35 +59,24 @@ def test_a_group_of_equal_returns_gives_exactly_0(value):
 def test_with_one_epoch_and_no_deviation_the_gradient_is_that_of_reinforces_mean_baseline(reward_to_go):
     """Times (G−1)/G, as the group's mean has the episode itself in it, and times episodes/steps: a mean over steps."""
     policy, (observations, actions, rewards, running, *_), _ = play(grpo)
-    log_probs, entropy = policy.log_prob_and_entropy(observations, actions)
     returns = grpo.returns_to_go(rewards, 0.9)
     returns = returns if reward_to_go else returns[:1].expand_as(returns)
     weights = returns - reinforce.leave_one_out_mean(returns)
-    theirs = reinforce.policy_gradient_loss(log_probs, entropy, weights, running, 0.0)
+    reinforce.policy_gradient(policy, observations, actions, weights, running, reinforce.Args())
+    theirs = [p.grad.clone() for p in policy.parameters()]
 
+    policy.zero_grad()
     advantages = grpo.group_advantages(returns, 4, std_normalisation=False)
-    old = log_probs.detach()
+    old = policy.log_prob_and_entropy(observations, actions)[0].detach()
     batch = grpo.GRPOBatch(*(x[running] for x in (observations, actions, old, old, advantages)))
-    ours, _ = grpo.grpo_loss(policy, batch, grpo.Args(ent_coef=0.0, kl_coef=0.0))
+    grpo.grpo_gradient(policy, batch, grpo.Args(ent_coef=0.0, kl_coef=0.0))
     factor = (4 - 1) / 4 * 4 / sum(LENGTHS)
-    ours, theirs = (torch.autograd.grad(loss, list(policy.parameters())) for loss in (ours, theirs))
     assert all(gradient.abs().max() > 1e-3 for gradient in theirs)
+    ours = [p.grad for p in policy.parameters()]
     torch.testing.assert_close(ours, [gradient * factor for gradient in theirs], rtol=1e-4, atol=1e-7)
 
 
 # The loss ---------------------------------------------------------------------------------------------------
-
-
-def test_k3_is_the_kl_of_two_categoricals_in_the_mean():
-    """E over π of q − 1 − log q, q = π_ref/π: the exact KL(π ‖ π_ref), and every sample's share is at least 0."""
-    pi, reference = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.4, 0.5])
-    log_q = (reference / pi).log()
-    exact = scipy.stats.entropy(pi, reference)
-    assert abs(exact - scipy.stats.entropy(reference, pi)) > 0.05
-    assert sum(p * grpo.approximate_kl(x[None]) for p, x in zip(pi, log_q)).item() == pytest.approx(exact, rel=1e-5)
-    assert all(grpo.approximate_kl(x[None]) >= 0 for x in log_q)
-    actions = pi.multinomial(400_000, replacement=True, generator=torch.Generator().manual_seed(0))
-    assert grpo.approximate_kl(log_q[actions]).item() == pytest.approx(exact, rel=0.02)
 
 
 def one_state_batch(pi, reference):
@@ -102,24 +92,23 @@ def one_state_batch(pi, reference):
 
 
 def test_the_kl_to_the_reference_and_its_gradient():
-    """The value is KL(π ‖ π_ref); the gradient is that of KL(π_ref ‖ π), π − π_ref in the logits."""
+    """Where actions have their shares exactly: the value is KL(π ‖ π_ref), the gradient that of KL(π_ref ‖ π)."""
     pi, reference = [0.5, 0.3, 0.2], [0.1, 0.4, 0.5]
     policy, batch = one_state_batch(pi, reference)
-    loss, metrics = grpo.grpo_loss(policy, batch, grpo.Args(kl_coef=0.7, ent_coef=0.0))
-    metrics = dict(zip(grpo.METRICS, metrics.tolist()))
-    assert metrics["reference_kl"] == pytest.approx(scipy.stats.entropy(pi, reference), rel=1e-5)
-    assert loss.item() == pytest.approx(0.7 * metrics["reference_kl"], rel=1e-5)
-    (gradient,) = torch.autograd.grad(loss, policy.actor[-1].bias)
+    metrics = grpo.grpo_gradient(policy, batch, grpo.Args(kl_coef=0.7, ent_coef=0.0))
+    exact = scipy.stats.entropy(pi, reference)
+    assert abs(exact - scipy.stats.entropy(reference, pi)) > 0.05
+    assert metrics["reference_kl"].item() == pytest.approx(exact, rel=1e-5)
+    gradient = policy.actor[-1].bias.grad
     torch.testing.assert_close(gradient, 0.7 * (torch.tensor(pi) - torch.tensor(reference)))
 
 
 def test_the_entropy_bonus_and_its_gradient():
     pi = [0.5, 0.3, 0.2]
     policy, batch = one_state_batch(pi, pi)
-    loss, metrics = grpo.grpo_loss(policy, batch, grpo.Args(kl_coef=0.0, ent_coef=0.3))
-    assert metrics[grpo.METRICS.index("entropy")].item() == pytest.approx(scipy.stats.entropy(pi), rel=1e-5)
-    assert loss.item() == pytest.approx(-0.3 * scipy.stats.entropy(pi), rel=1e-5)
-    (gradient,) = torch.autograd.grad(loss, policy.actor[-1].bias)
+    metrics = grpo.grpo_gradient(policy, batch, grpo.Args(kl_coef=0.0, ent_coef=0.3))
+    assert metrics["entropy"].item() == pytest.approx(scipy.stats.entropy(pi), rel=1e-5)
+    gradient = policy.actor[-1].bias.grad
     p = np.array(pi)
     np.testing.assert_allclose(gradient, 0.3 * p * (np.log(p) + scipy.stats.entropy(p)), rtol=1e-4, atol=1e-6)
 
@@ -129,16 +118,29 @@ def test_the_ratio_is_clipped():
     policy, batch = one_state_batch([0.5, 0.3, 0.2], [0.5, 0.3, 0.2])
     log_probs = torch.where(batch.actions == 0, np.log(0.25), batch.log_probs)
     batch = batch._replace(log_probs=log_probs, advantages=(batch.actions == 0).float())
-    loss, metrics = grpo.grpo_loss(policy, batch, grpo.Args(clip_coef=0.2))
-    metrics = dict(zip(grpo.METRICS, metrics.tolist()))
-    assert metrics["clipfrac"] == 0.5 and metrics["policy_loss"] == pytest.approx(-1.2 * 0.5)
-    assert metrics["approx_kl"] == pytest.approx(0.5 * (2 - 1 - np.log(2)), rel=1e-5)
-    assert torch.autograd.grad(loss, policy.actor[-1].bias)[0].abs().max() < 1e-7
+    metrics = grpo.grpo_gradient(policy, batch, grpo.Args(clip_coef=0.2))
+    assert metrics["clipfrac"] == 0.5 and metrics["policy_loss"].item() == pytest.approx(-1.2 * 0.5)
+    assert metrics["approx_kl"].item() == pytest.approx(0.5 * (2 - 1 - np.log(2)), rel=1e-5)
+    assert policy.actor[-1].bias.grad.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("ratio, advantage, slope", [(0.5, -1.0, 0.0), (0.5, 1.0, -0.5), (1.1, 1.0, -1.1), (2, -1, 2)])
+def test_there_is_no_gradient_exactly_where_the_step_went_past_the_clip_in_the_direction_of_gain(
+    ratio, advantage, slope
+):
+    """arXiv 1707.06347, eq. 7, in one sample: −ρ Â in log π, or 0."""
+    log_prob = torch.zeros(1, requires_grad=True)
+    policy = torch.nn.Module()
+    policy.log_prob_and_entropy = lambda states, actions: (log_prob, torch.zeros(1))
+    old = -torch.tensor([ratio]).log()
+    grpo.grpo_gradient(policy, grpo.GRPOBatch(None, None, old, old, torch.tensor([advantage])), grpo.Args())
+    assert log_prob.grad.item() == pytest.approx(slope)
 
 
 def test_shuffled_parts_are_whole_epochs_in_a_new_order_with_rows_kept_together():
-    rows = torch.arange(11)
-    parts = list(grpo.shuffled_parts([rows, 10 * rows], epochs=2, parts=4))
+    rows, pair = torch.arange(11), namedtuple("Pair", "a b")
+    parts = list(grpo.shuffled_parts(pair(rows, 10 * rows), epochs=2, parts=4))
+    assert all(isinstance(part, pair) for part in parts)
     assert [len(a) for a, _ in parts] == 2 * [3, 3, 3, 2] and all(torch.equal(10 * a, b) for a, b in parts)
     epochs = [torch.cat([a for a, _ in parts[i : i + 4]]) for i in (0, 4)]
     assert all(torch.equal(epoch.sort().values, rows) for epoch in epochs)
@@ -152,7 +154,7 @@ GROUPS = ["--num-envs", 6, "--group-size", 3, "--groups", 4]
 
 
 def test_each_group_starts_from_one_state_of_its_own(monkeypatch):
-    starts = recorded(grpo, monkeypatch, "play_episodes", lambda result, *_: result[0].observations[0])
+    starts = recorded(grpo, monkeypatch, "play_episodes", lambda episodes, *_: episodes.observations[0])
     flags = [*TINY, *GROUPS, "--total-timesteps"]
     run_dir = train(grpo, *flags, 600)["run_dir"]
     train(grpo, "--resume", run_dir, "--total-timesteps", 1200)
@@ -164,8 +166,8 @@ def test_each_group_starts_from_one_state_of_its_own(monkeypatch):
 @pytest.mark.parametrize("flags", [["--reward-to-go"], ["--no-reward-to-go", "--no-std-normalisation"]])
 def test_a_batch_is_every_step_that_was_played_with_the_advantage_of_its_episode(flags, monkeypatch):
     """By loops over rounds, groups, episodes and steps."""
-    rounds = recorded(grpo, monkeypatch, "play_episodes", lambda result, *_: result[0])
-    batches = recorded(grpo, monkeypatch, "grpo_update", lambda _, policy, optimizer, batch, *__: batch)
+    rounds = recorded(grpo, monkeypatch, "play_episodes", lambda episodes, *_: episodes)
+    batches = recorded(grpo, monkeypatch, "grpo_gradient", lambda _, policy, batch, args: batch)
     flags = [*TINY, *GROUPS, "--gamma", 0.9, "--env-id", "CartPole-v1", "--total-timesteps", 1, *flags]
     result = train(grpo, *flags)
     expected = []
@@ -193,20 +195,23 @@ def test_a_batch_is_every_step_that_was_played_with_the_advantage_of_its_episode
 
 def test_the_reference_is_renewed_every_so_many_iterations_also_after_a_resume(monkeypatch):
     """In the first step of an iteration π is π_old: where the reference is new, both KLs are 0."""
-    kls = recorded(grpo, monkeypatch, "grpo_update", lambda metrics, *_: dict(zip(grpo.METRICS, metrics.tolist())))
-    stops = iter([False] * 4 + [True] + [False] * 4 + [True])
-    monkeypatch.setattr(grpo.Run, "interrupted", lambda run: next(stops))
+    kls = recorded(grpo, monkeypatch, "grpo_gradient", lambda metrics, *_: metrics)
+    iterations = iter(4 * [True] + [False] + 4 * [True] + [False])
+    monkeypatch.setattr(grpo.Run, "goes_on", lambda run: next(iterations))
     flags = [*TINY, *GROUPS, "--kl-coef", 0.1, "--reference-every", 3, "--learning-rate", 0.01]
-    run_dir = train(grpo, *flags)["run_dir"]
+    run_dir = train(grpo, *flags, "--num-minibatches", 2, "--update-epochs", 2)["run_dir"]
     train(grpo, "--resume", run_dir)
-    assert [abs(x["approx_kl"]) < 1e-6 for x in kls] == [True] * 8
-    assert [abs(x["reference_kl"]) < 1e-6 for x in kls] == [i % 3 == 0 for i in range(8)]
+    first = kls[::4]  # of the four gradient steps of each iteration
+    assert len(first) == 8 and [abs(x["approx_kl"]) < 1e-6 for x in first] == [True] * 8
+    assert [abs(x["reference_kl"]) < 1e-6 for x in first] == [i % 3 == 0 for i in range(8)]
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_the_reference_keeps_its_own_observation_statistics(kl_coef, monkeypatch):
     """In the second iteration the reference is the policy of the first one, with the statistics of then."""
-    played = recorded(grpo, monkeypatch, "play_episodes", lambda result, policy, *_: (copy.deepcopy(policy), result[0]))
+    played = recorded(
+        grpo, monkeypatch, "play_episodes", lambda episodes, policy, *_: (copy.deepcopy(policy), episodes)
+    )
     batches = recorded(grpo, monkeypatch, "shuffled_parts", lambda _, batch, *__: batch)
     flags = ["--num-envs", 6, "--group-size", 3, "--groups", 2, "--normalize-observations", "--kl-coef", kl_coef]
     train(grpo, *TINY, *flags, "--total-timesteps", 200)
@@ -216,18 +221,6 @@ def test_the_reference_keeps_its_own_observation_statistics(kl_coef, monkeypatch
     torch.testing.assert_close(batches[1].reference_log_probs, expected)
     other, _ = reference.log_prob_and_entropy(policy.encode(observations), actions)
     assert (expected - other).abs().max() > 1e-3
-
-
-def test_going_on_is_the_same_as_never_having_stopped():
-    """Iterations are whole episodes, whose seeds come from the random state in the checkpoint."""
-    flags = [*TINY, *GROUPS, "--kl-coef", 0.1, "--reference-every", 3]
-    whole = train(grpo, *flags, "--total-timesteps", 3000)["run_dir"]
-    half = train(grpo, *flags, "--total-timesteps", 1500)["run_dir"]
-    train(grpo, "--resume", half, "--total-timesteps", 3000)
-    a, b = (torch.load(x / "checkpoint.pt", weights_only=True) for x in (whole, half))
-    assert a["step"] == b["step"]
-    for module in ("policy", "reference", "counter"):
-        assert all(torch.equal(a[module][key], b[module][key]) for key in a[module])
 
 
 def test_an_environment_that_ignores_the_seed_is_refused(capsys):

@@ -9,7 +9,7 @@ import pytest
 import sac
 import torch
 from gymnasium.spaces import Box
-from test_learning import last_scalar
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_replay import CPU
 
 SPACES = Box(-1, 1, (3,)), Box(-1, 1, (2,))
@@ -23,7 +23,7 @@ def make_model(members=7, num_elites=5, hidden_sizes=(16, 16), termination=mbpo.
 def make_agent(seed=0, alpha=0.5):
     torch.manual_seed(seed)
     agent = mbpo.SoftActorCritics(*SPACES, (16, 16), 2, alpha)
-    return agent, mbpo.CriticEnsemble(2, 5, (16, 16)).requires_grad_(False)
+    return agent, mbpo.Critics(2, 5, (16, 16)).requires_grad_(False)
 
 
 def transitions(states, actions, rewards, next_states, terminated=None):
@@ -44,8 +44,20 @@ def linear_system(count: int, noise: float, seed=0, scale=1.0):
 
 
 def learn(model, data, **flags):
-    args = mbpo.Args(ensemble_size=len(model.layers[0].weight), num_elites=len(model.elites), **flags)
-    return mbpo.learn_model(model, mbpo.vector_adam(model, args.model_learning_rate), data, args)
+    """A training by Adam; returns what it logs, as numbers."""
+    args = mbpo.Args(ensemble_size=model.members, num_elites=len(model.elites), **flags)
+    optimizer = mbpo.FlatAdam(model.parameters(), args.model_learning_rate)
+    return {name: x.item() for name, x in mbpo.learn_model(model, optimizer, data, args).items()}
+
+
+def inputs_and_outputs(model, data):
+    """(s, a), and the standardised change and reward."""
+    outputs = torch.cat([data.next_observations - data.observations, data.rewards[:, None]], -1)
+    return torch.cat(data[:2], -1), (outputs - model.output_mean) / model.output_std
+
+
+def gradients_of(*modules):
+    return {name: p.grad for module in modules for name, p in module.named_parameters() if p.grad is not None}
 
 
 # The ensemble -----------------------------------------------------------------------------------------------
@@ -55,67 +67,92 @@ def learn(model, data, **flags):
 def test_the_ensemble_is_separate_networks_side_by_side(members):
     """Forward and gradient, of seven networks of torch's own layers with the same weights."""
     model, inputs = make_model(), torch.randn(7 if members is None else 2, 12, 5)
+    model.standardise(input=3 * torch.randn(50, 5) + 1)
     mean, log_variance, logits = model(inputs, members)
     assert logits.numel() == 0
     weights = torch.randn_like(mean)
-    names = [name for name, _ in model.named_parameters() if name.startswith("layers")]
-    loss = (mean * weights).sum() + (log_variance * weights**2).sum()
-    gradients = dict(zip(names, torch.autograd.grad(loss, [model.get_parameter(name) for name in names])))
+    ((mean * weights).sum() + (log_variance * weights**2).sum()).backward()
     low, high = model.log_variance_bounds.detach()
     for row, i in enumerate(range(7) if members is None else members.tolist()):
         layers = []
-        for layer in model.layers:
+        for layer in model.network[::2]:
             layers += [torch.nn.Linear(*layer.weight.shape[1:]), torch.nn.SiLU()]
             layers[-2].weight.data, layers[-2].bias.data = layer.weight[i].T.clone(), layer.bias[i, 0].clone()
-        outputs = torch.nn.Sequential(*layers[:-1])(inputs[row])
+        outputs = torch.nn.Sequential(*layers[:-1])((inputs[row] - model.input_mean) / model.input_std)
         raw = high - torch.nn.functional.softplus(high - outputs[:, 4:])
         bounded = low + torch.nn.functional.softplus(raw - low)
         torch.testing.assert_close(mean[row], outputs[:, :4])
         torch.testing.assert_close(log_variance[row], bounded)
         ((outputs[:, :4] * weights[row]).sum() + (bounded * weights[row] ** 2).sum()).backward()
-        for n, linear in enumerate(layers[::2]):
-            torch.testing.assert_close(gradients[f"layers.{n}.weight"][i], linear.weight.grad.T, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(gradients[f"layers.{n}.bias"][i, 0], linear.bias.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_negative_log_likelihood_is_that_of_torchs_gaussian():
-    mean, log_variance, x = torch.randn(3, 7, 11, 4).double().unbind()
-    expected = -torch.distributions.Normal(mean, (0.5 * log_variance).exp()).log_prob(x).sum(-1)
-    torch.testing.assert_close(mbpo.gaussian_nll(mean, log_variance, x), expected)
+        for layer, linear in zip(model.network[::2], layers[::2]):
+            torch.testing.assert_close(layer.weight.grad[i], linear.weight.grad.T, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(layer.bias.grad[i, 0], linear.bias.grad, rtol=1e-4, atol=1e-5)
+    others = set(range(7)) - set(range(7) if members is None else members.tolist())
+    assert all(not layer.weight.grad[i].any() for layer in model.network[::2] for i in others)
 
 
 @pytest.mark.parametrize("termination", [mbpo.never, None], ids=["known", "learned"])
-def test_the_loss_against_its_definition(termination):
+def test_errors_and_gradient_against_their_definition(termination):
     model = make_model(termination=termination)
     inputs, outputs, terminated = torch.randn(7, 12, 5), torch.randn(7, 12, 4), (torch.rand(7, 12) < 0.3).float()
-    loss = mbpo.model_loss(model, inputs, outputs, terminated, decay=0.02)
+    args = mbpo.Args(model_weight_decay=0.02)
+    logged = mbpo.model_gradient(model, inputs, outputs, terminated, args)["model_loss"]
+    got = gradients_of(model)
+    model.zero_grad()
     mean, log_variance, logits = model(inputs)
-    expected = 0.0
+    nll, error = torch.zeros(7), torch.zeros(7)
     for i in range(7):
         for j in range(12):
             gaussian = torch.distributions.Normal(mean[i, j], (0.5 * log_variance[i, j]).exp())
-            expected -= gaussian.log_prob(outputs[i, j]).sum() / 12
+            surprise = torch.zeros(())
             if termination is None:
-                bernoulli = torch.distributions.Bernoulli(logits=logits[i, j, 0])
-                expected -= bernoulli.log_prob(terminated[i, j]) / 12
+                surprise = -torch.distributions.Bernoulli(logits=logits[i, j, 0]).log_prob(terminated[i, j])
+            nll[i] += (surprise - gaussian.log_prob(outputs[i, j]).sum()) / 12
+            error[i] += (surprise + (mean[i, j] - outputs[i, j]).square().mean()) / 12
+    for ours, expected in zip(mbpo.model_errors(model, inputs, outputs, terminated), (nll, error)):
+        torch.testing.assert_close(ours, expected)
     low, high = model.log_variance_bounds
-    expected += 0.01 * (high - low).sum() + 0.01 * sum((layer.weight**2).sum() for layer in model.layers)
-    torch.testing.assert_close(loss, expected)
+    loss = nll.sum() + 0.01 * (high - low).sum() + 0.01 * sum((x.weight**2).sum() for x in model.network[::2])
+    loss.backward()
+    torch.testing.assert_close(logged, loss.detach())
+    torch.testing.assert_close(got, gradients_of(model), rtol=1e-4, atol=1e-5)
+    assert got.keys() == dict(model.named_parameters()).keys()
     assert not torch.equal(low, high) and (log_variance > low).all() and (log_variance < high).all()
 
 
 def test_standardised_inputs_and_outputs_have_mean_0_and_deviation_1():
     data, _ = linear_system(1000, 0.1, scale=5.0)
     data.observations[:, 1] = 3.0  # a constant stays finite
-    model = make_model()
-    model.standardise(data)
-    inputs = model.inputs_of(data.observations, data.actions)
-    _, outputs = mbpo.unstandardised(data)
-    outputs = (outputs - model.output_mean) / model.output_std
-    for x in (inputs[:, [0, 2, 3, 4]], outputs):
+    model, seen = make_model(), []
+    model.network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0]))
+    inputs, outputs = inputs_and_outputs(model, data)
+    model.standardise(input=inputs, output=outputs)
+    model(inputs)
+    for x in (seen[0][:, [0, 2, 3, 4]], inputs_and_outputs(model, data)[1]):
         torch.testing.assert_close(x.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
         torch.testing.assert_close(x.std(0, correction=0), torch.ones(4), atol=1e-4, rtol=0)
-    assert (inputs[:, 1].abs() < 1e-3).all()
+    assert (seen[0][:, 1].abs() < 1e-3).all()
+
+
+@pytest.mark.parametrize("layer", [torch.nn.GELU(), torch.nn.Dropout(0.5), torch.nn.LayerNorm(16, bias=False)])
+def test_what_is_put_into_the_network_keeps_members_apart_or_is_refused(layer):
+    """Activations and dropout, which rests while the model imagines; a norm's weights would be one for all members."""
+    model, (data, _) = make_model(), linear_system(100, 0.1)
+    plain, before = copy.deepcopy(model.network), model.network[0].weight.detach().clone()
+    model.network[1] = layer
+    if isinstance(layer, torch.nn.LayerNorm):
+        with pytest.raises(TypeError, match=r"share 1.weight \(16,\); each needs its own"):
+            learn(model, data, patience=1)
+        return
+    modes, inputs = [], torch.randn(7, 5, 5)
+    model.network[1].register_forward_hook(lambda layer, *_: modes.append(layer.training))
+    learn(model, data, patience=2, model_batch_size=8, model_learning_rate=0.01)
+    assert True in modes and not model.training and not torch.equal(model.network[0].weight, before)
+    plain.load_state_dict(model.network.state_dict())
+    plain[1] = layer if isinstance(layer, torch.nn.GELU) else torch.nn.Identity()
+    expected = plain((inputs - model.input_mean) / model.input_std)
+    torch.testing.assert_close(model(inputs)[0], expected[..., :4])
+    torch.testing.assert_close(model(inputs[[3, 5]], torch.tensor([3, 5]))[0], expected[[3, 5], :, :4])
 
 
 def test_recovers_a_linear_gaussian_system_and_disagrees_off_its_data():
@@ -123,7 +160,7 @@ def test_recovers_a_linear_gaussian_system_and_disagrees_off_its_data():
     model = make_model(hidden_sizes=(32, 32))
     metrics = learn(model, data)
     fresh, (next_means, reward_means) = linear_system(1000, noise=0.2, seed=1)
-    mean, log_variance, _ = model(model.inputs_of(*fresh[:2]).unsqueeze(0), model.elites)
+    mean, log_variance, _ = model(torch.cat(fresh[:2], -1).unsqueeze(0), model.elites)
     change = mean * model.output_std + model.output_mean
     sigma = (0.5 * log_variance).exp() * model.output_std
     assert (change[..., :3] - (next_means - fresh.observations)).square().mean().sqrt() < 0.08
@@ -143,12 +180,12 @@ def test_the_elites_are_the_members_that_predict_held_out_data_best():
     learn(model, data)
     with torch.no_grad():  # members 2 and 6 are spoilt, and a training too slow to mend them
         for i in (2, 6):
-            model.layers[-1].weight[i] += 1
+            model.network[-1].weight[i] += 1
     learn(model, data, model_learning_rate=1e-9, patience=1)
     assert not {2, 6} & set(model.elites.tolist()) and len(set(model.elites.tolist())) == 5
     fresh, _ = linear_system(2000, noise=0.1, seed=1)
-    outputs = (mbpo.unstandardised(fresh)[1] - model.output_mean) / model.output_std
-    errors = (model(model.inputs_of(*fresh[:2]).unsqueeze(0))[0] - outputs).square().mean((1, 2))
+    inputs, outputs = inputs_and_outputs(model, fresh)
+    errors = (model(inputs.unsqueeze(0))[0] - outputs).square().mean((1, 2))
     assert errors[model.elites].max() < errors[[2, 6]].min()
 
 
@@ -160,14 +197,39 @@ def test_a_training_keeps_the_weights_that_were_best():
     before, steps = copy.deepcopy(model.state_dict()), []
 
     def uphill(*inputs):
+        assert all(parameter.grad is None for parameter in model.parameters())
         steps.append(inputs)
-        return -mbpo.model_gradient(*inputs)
+        metrics = mbpo.model_gradient(*inputs)
+        for parameter in model.parameters():
+            parameter.grad.neg_()
+        return metrics
 
     args = mbpo.Args(patience=3, model_batch_size=100)
-    metrics = mbpo.learn_model(model, mbpo.vector_adam(model, 1e-2), data, args, uphill)
+    metrics = mbpo.learn_model(model, mbpo.FlatAdam(model.parameters(), 1e-2), data, args, uphill)
     assert len(steps) == 3 * 4 and metrics["model_epochs"] == 3  # 400 of the 500 rows, by 100
-    for name, weights in model.layers.state_dict().items():
-        torch.testing.assert_close(weights, before[f"layers.{name}"], rtol=0, atol=0)
+    for name, weights in model.network.state_dict().items():
+        torch.testing.assert_close(weights, before[f"network.{name}"], rtol=0, atol=0)
+
+
+def test_each_member_keeps_the_weights_with_which_it_was_best():
+    """A gradient that spoils members 0 to 2 in the second epoch: of those alone the first epoch's weights stay."""
+    data, _ = linear_system(500, noise=0.1)
+    model, before = make_model(), []
+
+    def gradient(*inputs):
+        before.append({name: x.detach().clone() for name, x in model.network.named_parameters()})
+        metrics = mbpo.model_gradient(*inputs)
+        if len(before) > 20:
+            for parameter in model.network.parameters():
+                parameter.grad[:3].neg_()
+        return metrics
+
+    args = mbpo.Args(model_epochs=2, model_batch_size=20)  # 400 of the 500 rows: 20 steps an epoch
+    mbpo.learn_model(model, torch.optim.SGD(model.parameters(), 0.02), data, args, gradient)
+    assert len(before) == 40
+    for name, x in model.network.named_parameters():
+        torch.testing.assert_close(x[:3], before[20][name][:3], rtol=0, atol=0)
+        assert not any(torch.equal(one, two) for one, two in zip(x[3:], before[20][name][3:]))
 
 
 def test_every_member_learns_from_its_own_bootstrap_of_what_is_not_held_out():
@@ -175,11 +237,12 @@ def test_every_member_learns_from_its_own_bootstrap_of_what_is_not_held_out():
     data.rewards.copy_(torch.arange(400))
     model, seen = make_model(), []
 
-    def gradient(model, inputs, outputs, terminated, decay):
+    def gradient(model, inputs, outputs, *others):
         seen.append((outputs[..., 3] * model.output_std[3] + model.output_mean[3]).round().long())
-        return mbpo.model_gradient(model, inputs, outputs, terminated, decay)
+        return mbpo.model_gradient(model, inputs, outputs, *others)
 
-    mbpo.learn_model(model, mbpo.vector_adam(model, 1e-9), data, mbpo.Args(patience=2, holdout=0.25), gradient)
+    optimizer = mbpo.FlatAdam(model.parameters(), 1e-9)
+    mbpo.learn_model(model, optimizer, data, mbpo.Args(patience=2, holdout=0.25), gradient)
     epochs = torch.cat(seen, 1).split(300, 1)
     assert len(epochs) == 2 and torch.equal(epochs[0].sort(1).values, epochs[1].sort(1).values)
     assert not torch.equal(epochs[0], epochs[1]), "shuffled"
@@ -194,10 +257,10 @@ def test_every_member_learns_from_its_own_bootstrap_of_what_is_not_held_out():
 def constant_members(model, members):
     """Each member predicts its own index as the change of every coordinate and as the reward."""
     with torch.no_grad():
-        for layer in model.layers:
+        for layer in model.network[::2]:
             layer.weight.zero_(), layer.bias.zero_()
-        model.layers[-1].bias[:, :, :4] = torch.arange(members).float()[:, None, None]
-        model.layers[-1].bias[:, :, 4:8] = -50.0
+        model.network[-1].bias[:, :, :4] = torch.arange(members).float()[:, None, None]
+        model.network[-1].bias[:, :, 4:8] = -50.0
 
 
 def test_every_row_is_imagined_by_an_elite_drawn_for_it():
@@ -221,10 +284,10 @@ def test_a_step_of_the_model_draws_from_its_gaussian():
     """Of one member, so that mean and deviation are known; rows stay where they are."""
     model = make_model(members=1, num_elites=1)
     data, _ = linear_system(500, 0.5, scale=3.0)
-    model.standardise(data)
+    model.standardise(**dict(zip(("input", "output"), inputs_and_outputs(model, data))))
     states, actions = (x[:4].repeat(50_000, 1) for x in data[:2])
     next_states, rewards, _ = model.step(states, actions)
-    mean, log_variance, _ = model(model.inputs_of(*(x[:4] for x in data[:2])).unsqueeze(0))
+    mean, log_variance, _ = model(torch.cat(data[:2], -1)[:4].unsqueeze(0))
     mean = mean[0] * model.output_std + model.output_mean
     sigma = (0.5 * log_variance[0]).exp() * model.output_std
     drawn = torch.cat([next_states - states, rewards[:, None]], -1).unflatten(0, (-1, 4))
@@ -316,13 +379,6 @@ def test_not_finite_states_are_terminal_where_the_environment_says_so():
         assert mbpo.TERMINATION[env_id](states).tolist() == [False, True, True]
 
 
-def test_rollout_lengths_grow_linearly():
-    schedule = (1, 15, 20_000, 90_000)
-    lengths = [mbpo.rollout_length(schedule, step) for step in (0, 20_000, 24_999, 25_000, 55_000, 90_000, 10**6)]
-    assert lengths == [1, 1, 1, 2, 8, 15, 15]
-    assert mbpo.rollout_length((1, 1, 0, 1), 500) == 1
-
-
 # Buffers ----------------------------------------------------------------------------------------------------
 
 
@@ -332,9 +388,7 @@ def rows_of(values):
 
 
 def test_the_model_buffer_keeps_the_newest_of_any_number():
-    args = mbpo.Args(rollouts_per_step=2, model_buffer_age=5, rollout_lengths=(1, 2, 0, 10))
-    buffer = mbpo.ModelBuffer(args, *SPACES, CPU)
-    assert buffer.capacity == 20
+    buffer = mbpo.ModelBuffer(20, *SPACES, CPU)
     buffer.limit(10)
     for start, stop in ((0, 4), (4, 5), (5, 12)):
         buffer.add(*rows_of(range(start, stop)))
@@ -343,7 +397,7 @@ def test_the_model_buffer_keeps_the_newest_of_any_number():
     buffer.add(*rows_of(range(12, 15)))
     assert buffer.size == 10 and buffer.position == 5  # the ring goes on where it was
     state = buffer.state_dict()
-    other = mbpo.ModelBuffer(args, *SPACES, CPU)
+    other = mbpo.ModelBuffer(20, *SPACES, CPU)
     other.load_state_dict(state)
     assert (other.size, other.position, other.capacity) == (10, 5, 12)
     for one, two in zip(buffer.data, other.data):
@@ -354,7 +408,7 @@ def test_the_model_buffer_keeps_the_newest_of_any_number():
     assert (buffer.size, buffer.capacity) == (6, 6)
 
 
-def test_prediction_errors_are_of_unseen_windows_within_episodes():
+def test_diagnostics_are_of_unseen_windows_within_episodes():
     """The true dynamics make no error; one that is off by 0.1 a step is off by 0.1 k after k, in units of σ."""
     buffer = mbpo.ReplayBuffer(50, 2, *SPACES, CPU)
     draw = torch.Generator().manual_seed(0)
@@ -370,24 +424,20 @@ def test_prediction_errors_are_of_unseen_windows_within_episodes():
         input_std, off = torch.full((5,), 2.0), 0.0
 
         def predict(self, states, actions):
-            return states + actions.sum(-1, keepdim=True) + self.off, None
+            return states + actions.sum(-1, keepdim=True) + self.off, states.abs().mean(-1)
 
     model = Model()
-    np.testing.assert_allclose(mbpo.prediction_errors(model, buffer, 20, 4), 0, atol=1e-6)
+    charts = mbpo.model_diagnostics(model, buffer, 20)
+    assert (charts["1_step_error"], charts["5_step_error"]) == pytest.approx((0, 0), abs=1e-6)
+    newest = torch.stack([buffer.data.observations[(buffer.position - k) % buffer.capacity] for k in range(1, 41)])
+    assert charts["disagreement"] == pytest.approx(newest.abs().mean().item())
     model.off = 0.1
-    np.testing.assert_allclose(mbpo.prediction_errors(model, buffer, 20, 4), [0.05, 0.1, 0.15, 0.2], rtol=1e-4)
+    charts = mbpo.model_diagnostics(model, buffer, 20)
+    assert (charts["1_step_error"], charts["5_step_error"]) == pytest.approx((0.05, 0.25), rel=1e-4)
     buffer.data.actions[:10] += 100  # rows 0 to 9 are of steps 50 to 54
-    assert mbpo.prediction_errors(model, buffer, 5, 1)[0] == pytest.approx(0.05, rel=1e-3)
-    assert mbpo.prediction_errors(model, buffer, 6, 1)[0] > 1
-    assert np.isnan(mbpo.prediction_errors(model, buffer, 2, 4)).all(), "no window is that long"
-
-    seen = []
-    model.predict = lambda states, actions: (seen.append(states) or states, states.abs().mean(-1))
-    charts = mbpo.model_diagnostics(model, buffer, 3)
-    newest = torch.stack([buffer.data.observations[(buffer.position - k) % buffer.capacity] for k in range(1, 7)])
-    assert seen[-1].equal(newest) and charts["disagreement"] == pytest.approx(newest.abs().mean().item())
-    assert charts.keys() == {"disagreement"}, "three steps hold no window of five"
-    assert mbpo.model_diagnostics(model, buffer, 20).keys() == {"one_step_error", "k_step_error", "disagreement"}
+    assert mbpo.model_diagnostics(model, buffer, 5)["1_step_error"] == pytest.approx(0.05, rel=1e-3)
+    assert mbpo.model_diagnostics(model, buffer, 6)["1_step_error"] > 1
+    assert mbpo.model_diagnostics(model, buffer, 4).keys() == {"disagreement", "1_step_error"}, "no window is that long"
 
 
 # The policy -------------------------------------------------------------------------------------------------
@@ -416,27 +466,39 @@ def test_with_real_data_alone_it_is_sac(env_id, monkeypatch):
     for name in ("actor_optimizer", "critic_optimizer", "alpha_optimizer"):
         for one, two in zip(real[name]["state"][0].values(), model_free[name]["state"][0].values(), strict=True):
             assert torch.equal(one, two)
-    assert real["counter"] == {"updates": 400, "modelled_at": 0}
+    assert real["updates"] == model_free["updates"] == 400 and real["model"]["learned_at"] == 0
 
 
-def test_value_expansion_of_no_step_is_sacs_loss():
+@pytest.mark.parametrize("members", [None, torch.tensor([1])], ids=["all", "one"])
+def test_value_expansion_of_no_step_is_sacs_gradient(members):
     agent, target = make_agent()
     batch = transitions(*(x for x in linear_system(32, 0.1)[0][:4]), terminated=torch.rand(32) < 0.3)
     noise, args = torch.randn(1, 32, 2), mbpo.Args(gamma=0.9)
-    expanded = mbpo.value_expansion_loss(Chain(), agent, target, batch, noise, None, args)
-    plain = sac.sac_critic_loss(agent, target, batch, noise[0], None, args)
+    expanded = mbpo.value_expansion_gradient(Chain(), agent, target, batch, noise, members, args)
+    gradients = gradients_of(agent)
+    agent.zero_grad()
+    plain = sac.sac_critic_gradient(agent, target, batch, noise[0], members, args)
     torch.testing.assert_close(expanded, plain)
+    torch.testing.assert_close(gradients, gradients_of(agent), rtol=1e-4, atol=1e-6)
+    assert gradients.keys() == {name for name, _ in agent.named_parameters() if name.startswith("critics")}
 
 
 def test_value_expansion_against_its_definition():
     """Row by row and step by step, in an environment that ends; critics alone get gradients."""
     agent, target = make_agent(alpha=0.3)
+
+    @torch.no_grad()
+    def sample(state, noise):
+        return mbpo.squashed_gaussian(*agent.policy(state), noise)
+
     torch.manual_seed(2)
     batch = transitions(
         torch.randn(40, 3), torch.rand(40, 2), torch.randn(40), torch.randn(40, 3) + 1, torch.rand(40) < 0.2
     )
     noise, args = torch.randn(4, 40, 2), mbpo.Args(gamma=0.9)
-    loss, q_values = mbpo.value_expansion_loss(Chain(), agent, target, batch, noise, None, args)
+    metrics = mbpo.value_expansion_gradient(Chain(), agent, target, batch, noise, None, args)
+    got = gradients_of(agent)
+    agent.zero_grad()
     total, count, lengths = 0.0, 0, []
     for i in range(40):
         pairs = [(batch.observations[i], batch.actions[i], batch.rewards[i], 0.0)]
@@ -444,26 +506,27 @@ def test_value_expansion_against_its_definition():
         for t in range(3):
             if ended:
                 break
-            action, log_prob = agent.sample(state, noise[t, i])
+            action, log_prob = sample(state, noise[t, i])
             next_state, reward, terminated = Chain().step(state[None], action[None])
             pairs.append((state, action, reward[0], log_prob))
             state, ended = next_state[0], bool(terminated)
         value = 0.0
         if not ended:
-            action, log_prob = agent.sample(state, noise[3, i])
+            action, log_prob = sample(state, noise[3, i])
             value = target(state[None], action[None]).min() - 0.3 * log_prob
         for state, action, reward, log_prob in reversed(pairs):
             y = (reward + 0.9 * value).item()
-            total += sum(0.5 * (q.item() - y) ** 2 for q in agent.critics(state[None], action[None]).flatten())
+            q_values = agent.critics(state[None], action[None]).flatten()
+            total = total + (0.5 * (q_values - y).square()).sum()
             value = y - 0.3 * log_prob
         count += len(pairs)
         lengths.append(len(pairs))
     assert set(lengths) == {1, 2, 3, 4}
-    assert loss.item() == pytest.approx(total / count, rel=1e-4)
-    torch.testing.assert_close(q_values, agent.critics(batch.observations, batch.actions).mean())
-    gradients = torch.autograd.grad(loss, list(agent.parameters()), allow_unused=True)
-    got = {name for (name, _), gradient in zip(agent.named_parameters(), gradients) if gradient is not None}
-    assert got == {name for name, _ in agent.named_parameters() if name.startswith("critics")}
+    (total / count).backward()
+    assert metrics["critic_loss"].item() == pytest.approx((total / count).item(), rel=1e-4)
+    torch.testing.assert_close(metrics["q_values"], agent.critics(batch.observations, batch.actions).mean().detach())
+    torch.testing.assert_close(got, gradients_of(agent), rtol=1e-3, atol=1e-5)
+    assert got.keys() == {name for name, _ in agent.named_parameters() if name.startswith("critics")}
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -475,30 +538,19 @@ TINY += " --eval-episodes 1 --env-id Pendulum-v1"
 
 @pytest.mark.parametrize("ratio, real", [(0.25, 5), (0.0, 0), (1.0, 20)])
 def test_minibatches_are_mixed_in_the_ratio_asked_for(monkeypatch, ratio, real):
-    batches, update = [], mbpo.sac_critic_update
+    batches, gradient = [], mbpo.sac_critic_gradient
 
-    def spy(agent, target, optimizer, batch, *others):
+    def spy(agent, target, batch, *others):
         batches.append(batch)
-        return update(agent, target, optimizer, batch, *others)
+        return gradient(agent, target, batch, *others)
 
-    monkeypatch.setattr(mbpo, "sac_critic_update", spy)
+    monkeypatch.setattr(mbpo, "sac_critic_gradient", spy)
     state = train(mbpo, f"{TINY} --real-ratio {ratio}")
     assert len(batches) == 2 * 40
     lived = {tuple(x.tolist()) for x in state["buffer"]["next_observations"]}
     for batch in batches:
         found = [tuple(x.tolist()) in lived for x in batch.next_observations]
         assert sum(found) == real and all(found[:real])
-
-
-@pytest.mark.usefixtures("highest_precision_afterwards")
-@pytest.mark.parametrize("precision", ["highest", "medium"])
-def test_products_have_the_precision_asked_for(monkeypatch, precision):
-    update, seen = mbpo.polyak_update, []
-    monkeypatch.setattr(
-        mbpo, "polyak_update", lambda *args: seen.append(torch.get_float32_matmul_precision()) or update(*args)
-    )
-    train(mbpo, f"{TINY} --matmul-precision {precision}")
-    assert set(seen) == {precision}
 
 
 def test_the_model_is_trained_at_its_frequency_and_its_rollouts_are_kept_for_their_age(monkeypatch):
@@ -513,10 +565,10 @@ def test_the_model_is_trained_at_its_frequency_and_its_rollouts_are_kept_for_the
     monkeypatch.setattr(
         mbpo, "branched_rollouts", lambda m, a, states, k: begun.append((len(states), k)) or rollouts(m, a, states, k)
     )
-    state = train(mbpo, f"{TINY} --model-buffer-age 40 --rollout-lengths 1 3 20 40")
-    assert calls == [20, 40, 60] and begun == [(80, 1), (80, 3), (80, 3)]
-    assert state["imagined"]["capacity"] == 4 * 40 * 3 and len(state["imagined"]["rewards"]) == 80 + 240 + 160 - 0
-    assert state["counter"]["modelled_at"] == 60
+    state = train(mbpo, f"{TINY} --model-buffer-age 40 --rollout-lengths 1 4 20 60 --total-timesteps 80")
+    assert calls == [20, 40, 60, 80] and begun == [(80, 1), (80, 2), (80, 4), (80, 4)], "linear, rounded down"
+    assert state["imagined"]["capacity"] == len(state["imagined"]["rewards"]) == 4 * 40 * 4
+    assert state["model"]["learned_at"] == 80
 
 
 def test_value_expansion_trains_on_real_minibatches(monkeypatch):
@@ -551,4 +603,5 @@ def test_a_time_limit_is_not_a_termination_and_a_termination_is_one_in_imagined_
     run_dir = mbpo.train(mbpo.parse_args(flags.split()))["run_dir"]
     soft = 0.1 * np.log(2)
     expected = 1 / (1 - 0.9 * 0.99) + soft * 0.9 * 0.99 / (1 - 0.9 * 0.99) if terminates else 100 + soft * 99
-    assert last_scalar(run_dir, "losses/q_values") == pytest.approx(expected, abs=1 if terminates else 5)
+    q_values = EventAccumulator(str(run_dir)).Reload().Scalars("losses/q_values")[-1].value
+    assert q_values == pytest.approx(expected, abs=1 if terminates else 5)

@@ -6,9 +6,9 @@ import sys
 from collections import deque
 from pathlib import Path
 
-import dqn
 import numpy as np
 import pytest
+import sac
 import torch
 from gymnasium.spaces import Box, Discrete
 
@@ -46,7 +46,7 @@ SPACES = {
 
 def test_takes_steps_on_another_device_than_the_cpu_too():
     """Of the device meta, which is everywhere: its tensors have shapes and no numbers."""
-    buffer = dqn.ReplayBuffer(10, 2, *SPACES["box"], torch.device("meta"))
+    buffer = sac.ReplayBuffer(10, 2, *SPACES["box"], torch.device("meta"))
     for step in stream(7, 2, *SPACES["box"]):
         buffer.add(*step)
     assert (buffer.position, buffer.size) == (4, 10)
@@ -55,13 +55,13 @@ def test_takes_steps_on_another_device_than_the_cpu_too():
 def test_a_field_that_is_not_given_is_an_error():
     (step,) = stream(1, 1, *SPACES["box"])
     with pytest.raises(ValueError, match="shorter"):
-        dqn.ReplayBuffer(10, 1, *SPACES["box"], CPU).add(*step[:-1])
+        sac.ReplayBuffer(10, 1, *SPACES["box"], CPU).add(*step[:-1])
 
 
 @pytest.mark.parametrize("spaces", SPACES.values(), ids=SPACES)
 @pytest.mark.parametrize("num_envs, capacity, steps", [(1, 10, 4), (1, 10, 25), (3, 10, 2), (3, 10, 8), (4, 12, 3)])
 def test_holds_the_newest_transitions(spaces, num_envs, capacity, steps):
-    buffer = dqn.ReplayBuffer(capacity, num_envs, *spaces, CPU)
+    buffer = sac.ReplayBuffer(capacity, num_envs, *spaces, CPU)
     expected = deque(maxlen=capacity // num_envs * num_envs)
     for step in stream(steps, num_envs, *spaces):
         buffer.add(*step)
@@ -75,7 +75,7 @@ def test_holds_the_newest_transitions(spaces, num_envs, capacity, steps):
 
 
 def test_keeps_uint8_and_stores_other_numbers_as_float32():
-    dtypes = {name: dqn.ReplayBuffer(4, 1, *spaces, CPU).data.observations.dtype for name, spaces in SPACES.items()}
+    dtypes = {name: sac.ReplayBuffer(4, 1, *spaces, CPU).data.observations.dtype for name, spaces in SPACES.items()}
     assert dtypes == {
         "box": torch.float32,
         "float64": torch.float32,
@@ -86,7 +86,7 @@ def test_keeps_uint8_and_stores_other_numbers_as_float32():
 
 def test_draws_all_rows_alike_and_none_that_is_empty():
     torch.manual_seed(0)
-    buffer = dqn.ReplayBuffer(100, 1, *SPACES["box"], CPU)
+    buffer = sac.ReplayBuffer(100, 1, *SPACES["box"], CPU)
     for step in stream(10, 1, *SPACES["box"]):
         buffer.add(*step)
     counts = buffer.draw_rows(100_000).bincount(minlength=100)
@@ -97,7 +97,7 @@ def test_draws_all_rows_alike_and_none_that_is_empty():
 @pytest.mark.parametrize("steps", [0, 3, 7, 20])
 def test_state_dict_restores_every_bit_and_what_comes_next(steps):
     spaces = SPACES["uint8"]
-    one, other = (dqn.ReplayBuffer(14, 2, *spaces, CPU) for _ in range(2))
+    one, other = (sac.ReplayBuffer(14, 2, *spaces, CPU) for _ in range(2))
     data = list(stream(steps + 5, 2, *spaces))
     for step in data[:steps]:
         one.add(*step)
@@ -118,7 +118,7 @@ def test_state_dict_restores_every_bit_and_what_comes_next(steps):
 def test_a_saved_buffers_newest_steps_end_an_episode(steps):
     """A resumed run begins new episodes: no n-step window may go on from the old ones into them."""
     spaces = SPACES["box"]
-    buffer = dqn.ReplayBuffer(14, 2, *spaces, CPU)
+    buffer = sac.ReplayBuffer(14, 2, *spaces, CPU)
     for step in stream(steps, 2, *spaces):
         buffer.add(*step)
     before = buffer.data.truncated.clone()
@@ -132,7 +132,7 @@ def test_a_saved_buffers_newest_steps_end_an_episode(steps):
 
 
 def test_state_dict_is_a_copy_of_the_rows_in_use_alone():
-    buffer = dqn.ReplayBuffer(100_000, 1, *SPACES["box"], CPU)
+    buffer = sac.ReplayBuffer(100_000, 1, *SPACES["box"], CPU)
     first, second = stream(2, 1, *SPACES["box"])
     buffer.add(*first)
     state, file = buffer.state_dict(), io.BytesIO()
@@ -145,10 +145,10 @@ def test_state_dict_is_a_copy_of_the_rows_in_use_alone():
 
 
 def test_refuses_what_does_not_fit_with_both_figures(monkeypatch, capsys):
-    monkeypatch.setattr(dqn, "free_memory", lambda device: 4_999)
-    dqn.ReplayBuffer(100, 1, Box(-1, 1, (4,)), Discrete(2), CPU)  # 100 × (16 + 8 + 4 + 16 + 1 + 1) bytes
+    monkeypatch.setattr(sac, "free_memory", lambda device: 4_999)
+    sac.ReplayBuffer(100, 1, Box(-1, 1, (4,)), Discrete(2), CPU)  # 100 × (16 + 8 + 4 + 16 + 1 + 1) bytes
     with pytest.raises(SystemExit) as exit_:
-        dqn.ReplayBuffer(1000, 1, Box(-1, 1, (4,)), Discrete(2), CPU)
+        sac.ReplayBuffer(1000, 1, Box(-1, 1, (4,)), Discrete(2), CPU)
     err = capsys.readouterr().err
     assert exit_.value.code == 2
     assert "--buffer-size 1000 needs 46,000 bytes" in err and "4,999 free" in err
@@ -156,9 +156,9 @@ def test_refuses_what_does_not_fit_with_both_figures(monkeypatch, capsys):
 
 def test_free_memory_is_what_linux_says(monkeypatch):
     kilobytes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())["MemAvailable"]
-    assert dqn.free_memory(CPU) == pytest.approx(1024 * int(kilobytes.split()[0]), rel=0.2)
+    assert sac.free_memory(CPU) == pytest.approx(1024 * int(kilobytes.split()[0]), rel=0.2)
     monkeypatch.setattr(Path, "read_text", lambda path: "")
-    assert dqn.free_memory(CPU) > 2**30
+    assert sac.free_memory(CPU) > 2**30
 
 
 MEMORY = """

@@ -89,25 +89,14 @@ def test_the_entropys_gradient_is_that_of_the_exact_entropy():
     assert [g.item() for g in gradients] == pytest.approx(exact, abs=0.01)
 
 
-# Losses -----------------------------------------------------------------------------------------------------
+# Gradients --------------------------------------------------------------------------------------------------
 
 
-def make_agent(num_critics=2, seed=0, alpha=0.5):
-    torch.manual_seed(seed)
+def make_agent(num_critics=2, alpha=0.5):
+    torch.manual_seed(0)
     agent = sac.SoftActorCritics(*SPACES, (16, 16), num_critics, alpha)
-    target = sac.CriticEnsemble(num_critics, 5, (16, 16)).requires_grad_(False)
+    target = sac.Critics(num_critics, 5, (16, 16)).requires_grad_(False)
     return agent, target
-
-
-@pytest.fixture
-def descent(monkeypatch):
-    """Gradient descent instead of Adam, at the optimiser's learning rate: what moves shows the gradient."""
-
-    def step(optimizer, gradient):
-        group = optimizer.param_groups[0]
-        group["params"][0].data.sub_(group["lr"] * gradient)
-
-    monkeypatch.setattr(sac, "adam_step", step)
 
 
 def make_batch(size=32):
@@ -121,132 +110,108 @@ def make_batch(size=32):
     )
 
 
+def gradients(agent):
+    """By name, of the parameters that have one."""
+    return {name: p.grad for name, p in agent.named_parameters() if p.grad is not None}
+
+
+def assert_gradients(agent, loss, *prefixes):
+    """Those parameters have the gradient of `loss`, and the others none."""
+    names, parameters = zip(*((n, p) for n, p in agent.named_parameters() if n.startswith(prefixes)))
+    expected = dict(zip(names, torch.autograd.grad(loss, parameters)))
+    torch.testing.assert_close(gradients(agent), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_critics_are_networks_of_their_own_side_by_side():
+    torch.manual_seed(0)
+    critics, states, actions = sac.Critics(5, 7, (16, 8)), torch.randn(10, 4), torch.randn(10, 3)
+    values = critics(states, actions)
+    assert values.shape == (5, 10) and values[:, 0].unique().numel() == 5
+    for critic, value in zip(critics, values):
+        torch.testing.assert_close(value, critic(torch.cat([states, actions], 1)).squeeze(1))
+
+
 @pytest.mark.parametrize("members", [None, torch.tensor([4, 1])], ids=["all", "two of five"])
-def test_critic_loss_against_the_definition(members):
+def test_critics_gradient_against_the_definition(members):
     agent, target = make_agent(num_critics=5)
     batch, noise = make_batch(), torch.randn(32, 2)
-    loss, q_values = sac.sac_critic_loss(agent, target, batch, noise, members, sac.Args(gamma=0.9))
-    total, values = 0.0, []
+    metrics = sac.sac_critic_gradient(agent, target, batch, noise, members, sac.Args(gamma=0.9))
+    loss, values = 0, []
     for i in range(32):
         s, a, r, s_next, terminated, _ = (x[i : i + 1] for x in batch)
-        a_next, log_prob = agent.sample(s_next, noise[i : i + 1])
-        soft = min(target(s_next, a_next, members)).item() - 0.5 * log_prob.item()
-        y = r.item() + (0 if terminated else 0.9 * soft)
-        values += agent.critics(s, a).flatten().tolist()
-        total += 0.5 * sum((q - y) ** 2 for q in values[-5:]) / 32
-    assert loss.item() == pytest.approx(total, rel=1e-4)
-    assert q_values.item() == pytest.approx(np.mean(values), abs=1e-5)
+        a_next, log_prob = sac.squashed_gaussian(*agent.policy(s_next), noise[i : i + 1])
+        next_q = target(s_next, a_next)[[0, 1, 2, 3, 4] if members is None else members.tolist()]
+        y = r + (0 if terminated else 0.9 * (min(next_q) - 0.5 * log_prob).detach())
+        values += agent.critics(s, a).flatten()
+        loss = loss + 0.5 * sum((q - y).square() for q in values[-5:]).squeeze() / 32
+    assert_gradients(agent, loss, "critics")
+    assert metrics["critic_loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["q_values"].item() == pytest.approx(torch.stack(values).mean().item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("use_mean", [False, True])
-def test_actor_loss_against_the_definition(use_mean):
+@pytest.mark.parametrize("subset", [2, 3])
+def test_actors_gradient_against_the_definition(subset):
+    """Judged by the critics' minimum or, where targets draw a subset of them, by their mean."""
     agent, _ = make_agent(num_critics=3)
-    states, noise = torch.randn(32, 3), torch.randn(32, 2)
-    loss, log_probs = sac.sac_actor_loss(agent, states, noise, torch.tensor(0.7), use_mean)
-    total = 0.0
-    for s, e, log_prob in zip(states, noise, log_probs):
+    batch, noise = make_batch(), torch.randn(32, 2)
+    args = sac.Args(num_critics=3, critic_subset=subset, autotune=False)
+    metrics = sac.sac_actor_gradient(agent, batch, noise, args)
+    loss, entropy = 0, 0
+    for s, e in zip(batch.observations, noise):
         mean, log_std = agent.actor(s).chunk(2)
-        u = mean + log_std.exp() * e
-        q = agent.critics(s.unsqueeze(0), u.tanh().unsqueeze(0)).flatten()
-        total += 0.7 * log_prob.item() - (q.mean() if use_mean else q.min()).item()
-    assert loss.item() == pytest.approx(total / 32, rel=1e-4)
+        action, log_prob = sac.squashed_gaussian(mean, log_std, e)
+        q = agent.critics(s.unsqueeze(0), action.unsqueeze(0)).flatten()
+        loss = loss + (0.5 * log_prob - (q.mean() if subset == 2 else q.min())) / 32
+        entropy -= log_prob.item() / 32
+    assert_gradients(agent, loss, "actor")
+    assert metrics["actor_loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+    assert (metrics["entropy"].item(), metrics["alpha"].item()) == (
+        pytest.approx(entropy, rel=1e-4),
+        pytest.approx(0.5),
+    )
 
 
-def test_temperature_goes_down_where_the_entropy_is_above_its_target():
-    log_alpha = torch.tensor(0.3, requires_grad=True)
-    log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)  # entropy 1.5
-    for target_entropy, slope in ((1.0, 0.5), (2.5, -1.0)):
-        loss = sac.temperature_loss(log_alpha, log_probs, target_entropy)
-        (gradient,) = torch.autograd.grad(loss, log_alpha)
-        assert gradient.item() == pytest.approx(slope)
-    assert sac.temperature_loss(log_alpha, log_probs, 1.0).grad_fn is not None
-    with pytest.raises(RuntimeError):  # the policy gets no gradient from it
-        torch.autograd.grad(sac.temperature_loss(log_alpha, log_probs, 1.0), log_probs)
-
-
-@pytest.mark.usefixtures("descent")
-@pytest.mark.parametrize("target_entropy, expected", [(None, -2.0), (-0.7, -0.7)])
-def test_the_target_entropy_is_minus_the_number_of_actions_or_as_asked_for(target_entropy, expected):
-    agent, _ = make_agent()
+@pytest.mark.parametrize("target_entropy, expected", [(None, -2.0), (-0.7, -0.7), (50.0, 50.0)])
+def test_the_temperatures_gradient_is_by_how_much_the_entropy_is_above_its_target(target_entropy, expected):
+    """So descending it lowers α there; the target is −A unless another is asked for. The actor's gradient stays."""
+    (agent, _), (other, _) = make_agent(), make_agent()
     batch, noise = make_batch(), torch.randn(32, 2)
-    actor_optimizer, alpha_optimizer = sac.vector_adam(agent.actor, 0.0), sac.vector_adam(agent.temperature, 1.0)
-    _, log_probs = sac.sac_actor_loss(agent, batch.observations, noise, agent.alpha, use_mean=False)
-    before = agent.temperature["log_alpha"].item()
-    args = sac.Args(target_entropy=target_entropy)
-    loss, entropy, alpha = sac.sac_actor_update(agent, actor_optimizer, alpha_optimizer, batch, noise, args)
-    moved = agent.temperature["log_alpha"].item() - before
-    assert moved == pytest.approx(log_probs.mean().item() + expected, abs=1e-5)
-    assert (entropy.item(), alpha.item()) == (pytest.approx(-log_probs.mean().item()), pytest.approx(0.5))
-
-
-@pytest.mark.parametrize("subset", [2, 5])
-def test_the_policy_climbs_the_mean_of_critics_if_targets_draw_a_subset(subset):
-    agent, _ = make_agent(num_critics=5)
-    batch, noise = make_batch(), torch.randn(32, 2)
-    optimizers = [sac.vector_adam(x, 1e-3) for x in (agent.actor, agent.temperature)]
-    expected, _ = sac.sac_actor_loss(agent, batch.observations, noise, agent.alpha, use_mean=subset == 2)
-    args = sac.Args(num_critics=5, critic_subset=subset)
-    torch.testing.assert_close(sac.sac_actor_update(agent, *optimizers, batch, noise, args)[0], expected.detach())
+    metrics = sac.sac_actor_gradient(agent, batch, noise, sac.Args(target_entropy=target_entropy))
+    assert agent.log_alpha.grad.item() == pytest.approx(metrics["entropy"].item() - expected, abs=1e-5)
+    sac.sac_actor_gradient(other, batch, noise, sac.Args(autotune=False))
+    ours = gradients(agent)
+    del ours["log_alpha"]
+    torch.testing.assert_close(ours, gradients(other), rtol=0, atol=0)
 
 
 def test_the_deviation_is_bounded():
     agent, _ = make_agent()
     torch.nn.init.zeros_(agent.actor[-1].weight)
-    noise = torch.randn(10, 2)
     for bias, log_std in ((100.0, 2.0), (-100.0, -20.0), (-1.0, -1.0)):
         agent.actor[-1].bias.data = torch.tensor([0.3, -0.2, bias, bias])
-        expected = sac.squashed_gaussian(torch.tensor([0.3, -0.2]), torch.full((2,), log_std), noise)
-        torch.testing.assert_close(agent.sample(torch.randn(10, 3), noise), expected)
+        expected = torch.tensor([0.3, -0.2]).expand(10, 2), torch.full((10, 2), log_std)
+        torch.testing.assert_close(agent.policy(torch.randn(10, 3)), expected)
 
 
-@pytest.mark.parametrize("autotune", [True, False])
-def test_updates_move_what_they_should_and_nothing_else(autotune):
-    agent, target = make_agent()
-    batch, noise, args = make_batch(), torch.randn(32, 2), sac.Args(autotune=autotune)
-    optimizers = {name: sac.vector_adam(getattr(agent, name), 1e-2) for name in ("actor", "critics", "temperature")}
-
-    def moved(update):
-        parts = {name: getattr(agent, name) for name in optimizers} | {"target": target}
-        before = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
-        update()
-        return {n for n, part in parts.items() if any(not x.equal(before[n][k]) for k, x in part.state_dict().items())}
-
-    critics = moved(lambda: sac.sac_critic_update(agent, target, optimizers["critics"], batch, noise, None, args))
-    assert critics == {"critics", "target"}
-    critics_state = copy.deepcopy(optimizers["critics"].state_dict()["state"][0])
-    actor = moved(
-        lambda: sac.sac_actor_update(agent, optimizers["actor"], optimizers["temperature"], batch, noise, args)
-    )
-    assert actor == {"actor"} | ({"temperature"} if autotune else set())
-    torch.testing.assert_close(optimizers["critics"].state_dict()["state"][0], critics_state, rtol=0, atol=0)
-    assert all(x.grad is None for x in [*agent.critics.parameters(), *target.parameters()])
-
-
-@pytest.mark.usefixtures("descent")
-def test_the_target_follows_by_tau():
-    agent, target = make_agent()
-    optimizer = sac.vector_adam(agent.critics, 0.1)
-    old = [x.clone() for x in target.parameters()]
-    noise = torch.randn(32, 2)
-    sac.sac_critic_update(agent, target, optimizer, make_batch(), noise, None, sac.Args(tau=0.3))
-    expected = [0.7 * a + 0.3 * b for a, b in zip(old, agent.critics.parameters())]
+def test_the_target_follows_by_tau_and_takes_over_buffers():
+    torch.manual_seed(0)
+    online, target = (torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)) for _ in range(2))
+    online(torch.randn(8, 3))
+    expected = [0.7 * a + 0.3 * b for a, b in zip(target.parameters(), online.parameters())]
+    sac.polyak_update(target, online, 0.3)
     torch.testing.assert_close(list(target.parameters()), [x.detach() for x in expected])
+    assert not online[1].running_mean.eq(0).any() and target[1].num_batches_tracked == 1
+    torch.testing.assert_close(list(target.buffers()), list(online.buffers()), rtol=0, atol=0)
 
 
 def test_redq_draws_other_critics_for_each_target(monkeypatch):
-    drawn, update = [], sac.sac_critic_update
-
-    def recorded(agent, target, optimizer, batch, noise, members, *rest):
-        drawn.append(members)
-        return update(agent, target, optimizer, batch, noise, members, *rest)
-
-    monkeypatch.setattr(sac, "sac_critic_update", recorded)
-    actor_updates, actor_update = [], sac.sac_actor_update
-    monkeypatch.setattr(sac, "sac_actor_update", lambda *x: actor_updates.append(1) or actor_update(*x))
+    drawn, actors, critic_gradient, actor_gradient = [], [], sac.sac_critic_gradient, sac.sac_actor_gradient
+    monkeypatch.setattr(sac, "sac_critic_gradient", lambda *x: drawn.append(x[4]) or critic_gradient(*x))
+    monkeypatch.setattr(sac, "sac_actor_gradient", lambda *x: actors.append(1) or actor_gradient(*x))
     flags = "--total-timesteps 30 --learning-starts 10 --num-critics 10 --critic-subset 2 --gradient-steps 20"
     flags += " --policy-delay 20 --hidden-sizes 8 --eval-episodes 1 --batch-size 8 --buffer-size 100"
     sac.train(sac.parse_args(flags.split()))
-    assert len(drawn) == 20 * 20 and len(actor_updates) == 20
+    assert len(drawn) == 20 * 20 and len(actors) == 20
     assert all(len(set(members.tolist())) == 2 for members in drawn)
     counts = torch.cat(drawn).bincount(minlength=10)
     assert ((counts - 80).abs() < 5 * (400 * 0.2 * 0.8) ** 0.5).all()
@@ -278,15 +243,23 @@ def test_updates_agree_with_sb3(env_id, record_property):
     copy_actor(model.actor, agent.actor)
     copy_critics(model.critic, agent.critics)
     target, start = copy.deepcopy(agent.critics).requires_grad_(False), copy.deepcopy(agent)
-    optimizers = [sac.vector_adam(x, 1e-3) for x in (agent.actor, agent.temperature)]
-    critic_optimizer = sac.vector_adam(agent.critics, 1e-3)
+    critic_optimizer = sac.FlatAdam(agent.critics.parameters(), args.learning_rate)
+    actor_optimizer = sac.FlatAdam(agent.actor.parameters(), args.learning_rate)
+    alpha_optimizer = sac.FlatAdam([agent.log_alpha], args.learning_rate)
     buffer = sac.ReplayBuffer(300, 1, env.observation_space, env.action_space, CPU)
 
     def update(rows):
         batch = buffer.get(rows)
         noise, next_noise = (torch.randn_like(batch.actions) for _ in range(2))
-        sac.sac_critic_update(agent, target, critic_optimizer, batch, next_noise, None, args)
-        sac.sac_actor_update(agent, *optimizers, batch, noise, args)
+        critic_optimizer.zero_grad()
+        sac.sac_critic_gradient(agent, target, batch, next_noise, None, args)
+        critic_optimizer.step()
+        sac.polyak_update(target, agent.critics, args.tau)
+        actor_optimizer.zero_grad()
+        alpha_optimizer.zero_grad()
+        sac.sac_actor_gradient(agent, batch, noise, args)
+        actor_optimizer.step()
+        alpha_optimizer.step()
 
     assert follow_replay(model, buffer, 400, update) == 200
     worst = 0.0
@@ -296,7 +269,7 @@ def test_updates_agree_with_sb3(env_id, record_property):
         (target, copy_critics(model.critic_target, copy.deepcopy(start.critics)), start.critics),
     ):
         worst = max(worst, assert_parameters_agree(ours, theirs, 1e-5, before.state_dict()))
-    alpha, sb3_alpha = agent.alpha.item(), model.log_ent_coef.exp().item()
+    alpha, sb3_alpha = agent.log_alpha.exp().item(), model.log_ent_coef.exp().item()
     assert abs(alpha - 0.3) > 0.01 and alpha == pytest.approx(sb3_alpha, rel=1e-5)
     worst = max(worst, abs(alpha / sb3_alpha - 1))
     record_property("largest difference", worst)

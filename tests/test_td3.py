@@ -2,109 +2,67 @@
 
 import copy
 
-import numpy as np
 import pytest
 import td3
 import torch
 from gymnasium.spaces import Box
 from parity import assert_parameters_agree, copy_critics, follow_replay, recorded_envs
 from stable_baselines3 import TD3
-from test_replay import CPU, stream
-from torch import nn
+from test_replay import CPU
 
 SPACES = Box(-1, 1, (3,)), Box(-1, 1, (2,))
 
 
-def agent_and_batch(num_critics=2, size=32):
+def agent_and_batch(num_critics=2, size=64):
     torch.manual_seed(0)
     agent, target = (td3.DeterministicActorCritics(*SPACES, (16, 16), num_critics) for _ in range(2))
-    buffer = td3.ReplayBuffer(size, 1, *SPACES, CPU)
-    for step in stream(size, 1, *SPACES):
-        buffer.add(*step)
-    batch = buffer.get(torch.arange(size))
-    batch = batch._replace(
-        observations=torch.randn(size, 3), next_observations=torch.randn(size, 3), actions=torch.rand(size, 2) * 2 - 1
+    batch = td3.Transitions(
+        observations=torch.randn(size, 3),
+        actions=torch.rand(size, 2) * 2 - 1,
+        rewards=torch.randn(size),
+        next_observations=torch.randn(size, 3),
+        terminated=torch.rand(size) < 0.3,
+        truncated=torch.rand(size) < 0.3,
     )
     return agent, target.requires_grad_(False), batch
 
 
-def test_ensemble_is_its_members_side_by_side():
-    torch.manual_seed(0)
-    ensemble = td3.CriticEnsemble(5, 7, (16, 8))
-    states, actions = torch.randn(10, 4), torch.randn(10, 3)
-    values = ensemble(states, actions)
-    assert values.shape == (5, 10)
-    for i in range(5):
-        layers = []
-        for layer in ensemble.layers:
-            linear = nn.Linear(*layer.weight[i].shape)
-            linear.weight.data, linear.bias.data = layer.weight[i].T, layer.bias[i, 0]
-            layers += [linear, nn.ReLU()]
-        expected = nn.Sequential(*layers[:-1])(torch.cat([states, actions], 1)).squeeze(1)
-        torch.testing.assert_close(values[i], expected)
-    for members in (slice(1), slice(2, 4), torch.tensor([4, 1])):
-        torch.testing.assert_close(ensemble(states, actions, members), values[members])
-
-
-def test_ensemble_starts_as_pytorchs_linear_layers_do_each_member_with_its_own():
-    torch.manual_seed(0)
-    layer, linear = td3.EnsembleLinear(3, 400, 300), nn.Linear(400, 300)
-    for ours, theirs in ((layer.weight, linear.weight), (layer.bias, linear.bias)):
-        assert ours.abs().max().item() == pytest.approx(0.05, rel=0.02) == theirs.abs().max().item()
-        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.1)
-    assert not torch.equal(layer.weight[0], layer.weight[1])
+def assert_gradients(agent, loss, network):
+    """Its parameters have the gradient of `loss`, and the agent's others none."""
+    parameters = dict(getattr(agent, network).named_parameters(prefix=network))
+    expected = dict(zip(parameters, torch.autograd.grad(loss, parameters.values())))
+    ours = {name: p.grad for name, p in agent.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_critics", [2, 4])
-def test_targets_and_losses_against_the_definition(num_critics):
+def test_the_critics_gradient_against_the_definition(num_critics):
+    """The noise is clipped in some places, the action in others, and neither in the rest."""
     agent, target, batch = agent_and_batch(num_critics)
-    noise = torch.randn(32, 2)
-    loss, q_values = td3.td3_critic_loss(agent, target, batch, noise, td3.Args(gamma=0.9, target_noise_clip=0.3))
-    total, values = 0, []
-    for i in range(32):
+    target.actor[-2].weight.data *= 10
+    noise, args = torch.randn(64, 2), td3.Args(gamma=0.9, target_noise=0.6, target_noise_clip=0.5)
+    metrics = td3.td3_critic_gradient(agent, target, batch, noise, args)
+    loss, values, clipped = 0, [], []
+    for i in range(64):
         s, a, r, s_next, terminated, _ = (x[i : i + 1] for x in batch)
-        a_next = (target.actor(s_next) + noise[i].clamp(-0.3, 0.3)).clamp(-1, 1)
-        y = r + (0 if terminated else 0.9 * min(target.critics(s_next, a_next)))
-        total += sum((q - y).square() for q in agent.critics(s, a)).item() / 32
-        values += agent.critics(s, a).flatten().tolist()
-    assert loss.item() == pytest.approx(total, rel=1e-4)
-    assert q_values.item() == pytest.approx(np.mean(values), abs=1e-5)
-    expected = -agent.critics(batch.observations, agent.actor(batch.observations))[0].mean()
-    torch.testing.assert_close(td3.td3_actor_loss(agent, batch.observations), expected)
+        smoothing = [min(max(0.6 * x, -0.5), 0.5) for x in noise[i].tolist()]
+        a_next = [min(max(x + y, -1), 1) for x, y in zip(target.actor(s_next)[0].tolist(), smoothing)]
+        clipped += [(abs(x) == 0.5, abs(y) == 1) for x, y in zip(smoothing, a_next)]
+        y = r + (0 if terminated else 0.9 * min(target.critics(s_next, torch.tensor([a_next]))))
+        values += agent.critics(s, a).flatten()
+        loss = loss + sum((q - y).square() for q in values[-num_critics:]).squeeze() / 64
+    assert all(clipped.count(x) > 3 for x in ((True, False), (False, True), (False, False)))
+    assert_gradients(agent, loss, "critics")
+    assert metrics["critic_loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["q_values"].item() == pytest.approx(torch.stack(values).mean().item(), abs=1e-5)
 
 
-def test_smoothing_stays_within_both_bounds():
-    torch.manual_seed(0)
-    actions, noise = torch.rand(1000, 2) * 2 - 1, 2 * torch.randn(1000, 2)
-    smoothed = td3.smoothed_actions(actions, noise, 0.5)
-    assert (smoothed - actions).abs().max() == pytest.approx(0.5) and smoothed.abs().max() == 1
-    inside = (noise.abs() < 0.5) & ((actions + noise).abs() < 1)
-    torch.testing.assert_close(smoothed[inside], (actions + noise)[inside])
-
-
-def test_updates_move_what_they_should_and_nothing_else():
-    agent, target, batch = agent_and_batch()
-    optimizers = [td3.vector_adam(x, 1e-2) for x in (agent.actor, agent.critics)]
-    noise = torch.randn(32, 2)
-
-    def moved(update):
-        before = {name: x.clone() for module in (agent, target) for name, x in named(module).items()}
-        update()
-        after = {name: x for module in (agent, target) for name, x in named(module).items()}
-        return {name for name in before if not torch.equal(before[name], after[name])}
-
-    def named(module):
-        owner = "agent" if module is agent else "target"
-        return {f"{owner}.{name.split('.')[0]}.{name}": x.detach() for name, x in module.named_parameters()}
-
-    def groups(names):
-        return {".".join(name.split(".")[:2]) for name in names}
-
-    critics = moved(lambda: td3.td3_critic_update(agent, target, optimizers[1], batch, noise, td3.Args()))
-    assert groups(critics) == {"agent.critics"}
-    actor = moved(lambda: td3.td3_actor_update(agent, target, optimizers[0], batch, td3.Args()))
-    assert groups(actor) == {"agent.actor", "target.actor", "target.critics"}
-    assert all(x.grad is None for x in target.parameters())
+def test_the_policy_climbs_the_first_critic_alone():
+    agent, _, batch = agent_and_batch()
+    metrics = td3.td3_actor_gradient(agent, batch)
+    loss = -agent.critics(batch.observations, agent.actor(batch.observations))[0].mean()
+    assert_gradients(agent, loss, "actor")
+    assert metrics["actor_loss"].item() == pytest.approx(loss.item(), abs=1e-6)
 
 
 def test_ornstein_uhlenbeck_noise_has_its_mean_variance_and_correlation():
@@ -144,9 +102,9 @@ def test_updates_agree_with_sb3(env_id, num_critics, record_property):
     for ours, theirs in zip(agent.actor.parameters(), model.actor.parameters(), strict=True):
         ours.data.copy_(theirs.data)
     copy_critics(model.critic, agent.critics)
-    target = copy.deepcopy(agent).requires_grad_(False)
-    start = copy.deepcopy(agent)
-    actor_optimizer, critic_optimizer = (td3.vector_adam(x, 1e-3) for x in (agent.actor, agent.critics))
+    target, start = (copy.deepcopy(agent).requires_grad_(False) for _ in range(2))
+    critic_optimizer = td3.FlatAdam(agent.critics.parameters(), args.learning_rate)
+    actor_optimizer = td3.FlatAdam(agent.actor.parameters(), args.learning_rate)
     buffer = td3.ReplayBuffer(300, 1, env.observation_space, env.action_space, CPU)
     updates = 0
 
@@ -154,10 +112,14 @@ def test_updates_agree_with_sb3(env_id, num_critics, record_property):
         nonlocal updates
         updates += 1
         batch = buffer.get(rows)
-        noise = torch.randn_like(batch.actions) * args.target_noise
-        td3.td3_critic_update(agent, target, critic_optimizer, batch, noise, args)
+        critic_optimizer.zero_grad()
+        td3.td3_critic_gradient(agent, target, batch, torch.randn_like(batch.actions), args)
+        critic_optimizer.step()
         if updates % args.policy_delay == 0:
-            td3.td3_actor_update(agent, target, actor_optimizer, batch, args)
+            actor_optimizer.zero_grad()
+            td3.td3_actor_gradient(agent, batch)
+            actor_optimizer.step()
+            td3.polyak_update(target, agent, args.tau)
 
     assert follow_replay(model, buffer, 400, update) == 300
     worst = 0.0

@@ -1,5 +1,7 @@
 """algos/trpo.py: second-order maths against dense matrices, and whole updates against sb3-contrib's."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import sb3
@@ -10,10 +12,12 @@ import torch
 import trpo
 from gymnasium.spaces import Box, Discrete
 from parity import assert_advantages_agree, copy_weights, follow, largest_difference, recorded_envs
+from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
 SPACES = {"discrete": Discrete(3), "box": Box(-1, 1, (2,))}
+PLAIN = trpo.Args(normalize_advantages=False)
 both_kinds_of_actions = pytest.mark.parametrize("kind", SPACES)
 
 
@@ -23,21 +27,36 @@ def small_problem(kind, seed=0, dtype=torch.float64):
     agent = trpo.ActorCritic(Box(-1, 1, (3,)), SPACES[kind], (5,), log_std_init=-0.3).to(dtype)
     agent.actor[-1].weight.data *= 50
     states = torch.randn(40, 3, dtype=dtype)
-    with torch.no_grad():
-        actions = agent.sample(agent.actor(states), agent.draw_noise(40).to(dtype))
+    actions = agent.act(states, agent.draw_noise(40).to(dtype))
     return agent, states, actions, torch.randn(40, dtype=dtype)
 
 
-def objective_of(surrogate):
-    return surrogate.objective_and_kl()[0]
+def small_batch(kind, args=PLAIN, seed=0):
+    """The same agent, and what a step sees of the rollout."""
+    agent, *rollout = small_problem(kind, seed)
+    return agent, trpo.trpo_batch(agent, *rollout, args)
 
 
-def kl_of(surrogate):
-    return surrogate.objective_and_kl()[1]
+def take_step(agent, batch, args):
+    """The policy's step as train() takes it."""
+    return trpo.line_search(agent, batch, trpo.trust_region_step(agent, batch, args), args)
 
 
-def dense_fisher(agent, states):
+def objective_of(agent, batch):
+    return trpo.objective_and_kl(agent, batch)[0]
+
+
+def kl_of(agent, batch):
+    return trpo.objective_and_kl(agent, batch)[1]
+
+
+def gradient_of_objective(agent, batch):
+    return trpo.flat_gradient(objective_of(agent, batch), trpo.policy_parameters(agent))
+
+
+def dense_fisher(agent, batch):
     """E_s E_a~π[∇log π ∇log πᵀ] in closed form: Jᵀ M J with J the Jacobian of logits or mean, M their Fisher matrix."""
+    states = batch.states
     names = [f"actor.{name}" for name, _ in agent.actor.named_parameters()]
     values = dict(agent.named_parameters())
 
@@ -59,14 +78,16 @@ def dense_fisher(agent, states):
 
 
 @both_kinds_of_actions
-def test_fisher_vector_product_is_that_of_the_explicit_fisher_matrix(kind):
-    agent, states, actions, advantages = small_problem(kind)
-    surrogate = trpo.Surrogate(agent, states, actions, advantages)
-    product = trpo.fisher_vector_product(kl_of(surrogate), trpo.policy_parameters(agent), damping=0.3)
-    fisher = dense_fisher(agent, states)
-    damped = fisher + 0.3 * torch.eye(len(fisher), dtype=fisher.dtype)
-    for column, unit in zip(damped.T, torch.eye(len(fisher), dtype=fisher.dtype)):
-        torch.testing.assert_close(product(unit), column, rtol=1e-8, atol=1e-10)
+def test_the_hessian_of_the_kl_is_the_explicit_fisher_matrix(kind):
+    agent, batch = small_batch(kind)
+    parameters = trpo.policy_parameters(agent)
+    gradient, fisher = (
+        trpo.flat_gradient(kl_of(agent, batch), parameters, create_graph=True),
+        dense_fisher(agent, batch),
+    )
+    for column, unit in zip(fisher.T, torch.eye(len(fisher), dtype=fisher.dtype)):
+        product = trpo.flat_gradient(gradient @ unit, parameters, retain_graph=True)
+        torch.testing.assert_close(product, column, rtol=1e-8, atol=1e-10)
 
 
 def test_conjugate_gradient_is_a_dense_solve():
@@ -85,55 +106,66 @@ def test_conjugate_gradient_is_a_dense_solve():
 
 @both_kinds_of_actions
 def test_kl_is_the_mean_log_ratio_and_its_gradient_vanishes_at_the_old_policy(kind):
-    agent, states, actions, advantages = small_problem(kind)
-    surrogate = trpo.Surrogate(agent, states, actions, advantages)
-    assert kl_of(surrogate).item() == pytest.approx(0, abs=1e-12)
-    assert trpo.flat_gradient(kl_of(surrogate), trpo.policy_parameters(agent)).abs().max() < 1e-9
+    agent, batch = small_batch(kind)
+    assert kl_of(agent, batch).item() == pytest.approx(0, abs=1e-12)
+    assert trpo.flat_gradient(kl_of(agent, batch), trpo.policy_parameters(agent)).abs().max() < 1e-9
     with torch.no_grad():
-        old = agent.actor(states)
+        old = agent.actor(batch.states)
         for parameter in trpo.policy_parameters(agent):
             parameter += 0.1 * torch.randn_like(parameter)
-        new = agent.actor(states)
+        new = agent.actor(batch.states)
     if agent.discrete:
         expected = scipy.stats.entropy(old.softmax(-1), new.softmax(-1), axis=-1).mean()
     else:
         p = torch.distributions.Normal(old, torch.tensor(-0.3).exp())
         q = torch.distributions.Normal(new, agent.log_std.detach().exp())
         expected = torch.distributions.kl_divergence(p, q).sum(-1).mean().item()
-    assert expected > 1e-3 and kl_of(surrogate).item() == pytest.approx(expected)
+    assert expected > 1e-3 and kl_of(agent, batch).item() == pytest.approx(expected)
+
+
+@both_kinds_of_actions
+def test_the_objective_is_the_advantage_weighted_probability_ratio(kind):
+    agent, states, actions, advantages = small_problem(kind)
+    batch = trpo.trpo_batch(agent, states, actions, advantages, trpo.Args())
+    normalised = (advantages - advantages.mean()) / advantages.std()
+    torch.testing.assert_close(batch.advantages, normalised)
+    assert objective_of(agent, batch).item() == pytest.approx(0, abs=1e-12)
+    with torch.no_grad():
+        old = agent.log_prob_and_entropy(states, actions)[0].exp()
+        for parameter in trpo.policy_parameters(agent):
+            parameter += 0.1 * torch.randn_like(parameter)
+        ratio = agent.log_prob_and_entropy(states, actions)[0].exp() / old
+    assert objective_of(agent, batch).item() == pytest.approx((ratio * normalised).mean().item())
 
 
 @both_kinds_of_actions
 @pytest.mark.parametrize("seed", range(5))
 def test_the_step_stays_in_the_trust_region_and_gains(kind, seed):
-    agent, states, actions, advantages = small_problem(kind, seed)
-    args = trpo.Args(target_kl=0.02, normalize_advantages=False)
-    surrogate = trpo.Surrogate(agent, states, actions, advantages)
+    args = replace(PLAIN, target_kl=0.02)
+    agent, batch = small_batch(kind, args, seed)
     critic = parameters_to_vector(agent.critic.parameters()).clone()
-    before = objective_of(surrogate).item()
-    metrics = trpo.trpo_update(agent, states, actions, advantages, args)
+    before = objective_of(agent, batch).item()
+    metrics = take_step(agent, batch, args)
     assert 0 < metrics["step_fraction"] <= 1
-    assert 0.2 * args.target_kl < kl_of(surrogate).item() < args.target_kl
-    assert objective_of(surrogate).item() > before + 1e-3
-    assert metrics["kl"] == pytest.approx(kl_of(surrogate).item())
-    assert metrics["policy_loss"] == pytest.approx(-objective_of(surrogate).item())
+    assert 0.2 * args.target_kl < kl_of(agent, batch).item() < args.target_kl
+    assert objective_of(agent, batch).item() > before + 1e-3
+    assert metrics["kl"].item() == pytest.approx(kl_of(agent, batch).item())
+    assert metrics["policy_loss"].item() == pytest.approx(-objective_of(agent, batch).item())
     assert torch.equal(critic, parameters_to_vector(agent.critic.parameters()))
 
 
 @both_kinds_of_actions
 def test_the_direction_is_the_damped_natural_gradient_and_its_length_the_trust_region(kind):
-    """Without the line search in the way: θ − θ_old = √(2δ / xᵀ(F + cI)x) x with x = (F + cI)⁻¹ g, all dense."""
-    agent, states, actions, advantages = small_problem(kind)
-    args = trpo.Args(target_kl=1e-5, cg_iterations=200, cg_damping=0.01, normalize_advantages=False)
+    """θ − θ_old = βᵏ √(2δ / xᵀ(F + cI)x) x with x = (F + cI)⁻¹ g, all dense."""
+    args = replace(PLAIN, target_kl=1e-5, cg_iterations=200, cg_damping=0.01)
+    agent, batch = small_batch(kind, args)
     parameters = trpo.policy_parameters(agent)
     old = parameters_to_vector(parameters).detach().clone()
-    surrogate = trpo.Surrogate(agent, states, actions, advantages)
-    gradient = trpo.flat_gradient(objective_of(surrogate), parameters)
-    fisher = dense_fisher(agent, states)
+    gradient, fisher = gradient_of_objective(agent, batch), dense_fisher(agent, batch)
     fisher += args.cg_damping * torch.eye(len(fisher), dtype=fisher.dtype)
     x = torch.linalg.solve(fisher, gradient)
     expected = (2 * args.target_kl / (x @ fisher @ x)).sqrt() * x
-    metrics = trpo.trpo_update(agent, states, actions, advantages, args)
+    metrics = take_step(agent, batch, args)
     step = parameters_to_vector(parameters).detach() - old
     assert metrics["step_fraction"] > 0
     torch.testing.assert_close(step, metrics["step_fraction"] * expected, rtol=1e-3, atol=1e-6)
@@ -142,39 +174,88 @@ def test_the_direction_is_the_damped_natural_gradient_and_its_length_the_trust_r
 @both_kinds_of_actions
 @pytest.mark.parametrize("fault", ["loses", "leaves the trust region", "is not a number"])
 def test_line_search_refuses_a_bad_step_and_leaves_the_weights_untouched(kind, fault):
-    agent, states, actions, advantages = small_problem(kind)
-    args = trpo.Args(line_search_steps=4)
-    parameters = trpo.policy_parameters(agent)
-    surrogate = trpo.Surrogate(agent, states, actions, advantages)
-    gradient = trpo.flat_gradient(objective_of(surrogate), parameters)
+    args = replace(PLAIN, line_search_steps=4)
+    agent, batch = small_batch(kind, args)
+    gradient, before = gradient_of_objective(agent, batch), objective_of(agent, batch).item()
     step = {"loses": -1e-3, "leaves the trust region": 1e3, "is not a number": np.nan}[fault] * gradient
-    old = [parameter.detach().clone() for parameter in parameters]
-    fraction, objective, kl = trpo.line_search(parameters, step, surrogate, args)
-    assert fraction == 0 and kl == 0 and objective.item() == pytest.approx(objective_of(surrogate).item())
-    assert all(torch.equal(a, b) for a, b in zip(old, parameters))
-    fraction, *_ = trpo.line_search(parameters, 1e-3 * gradient, surrogate, args)
-    assert fraction == 1 and not torch.equal(old[0], parameters[0])
+    old = [p.detach().clone() for p in agent.parameters()]
+    metrics = trpo.line_search(agent, batch, step, args)
+    assert metrics["step_fraction"] == metrics["kl"] == 0 and metrics["policy_loss"].item() == pytest.approx(-before)
+    assert all(torch.equal(a, b) for a, b in zip(old, agent.parameters()))
+    metrics = trpo.line_search(agent, batch, 1e-3 * gradient, args)
+    assert metrics["step_fraction"] == 1 and not torch.equal(old[-1 - len(agent.critic)], agent.actor[-1].bias)
 
 
 def test_line_search_shrinks_the_step_until_it_fits():
-    agent, states, actions, advantages = small_problem("discrete")
-    args = trpo.Args(line_search_steps=60, line_search_shrink=0.5, target_kl=1e-4)
-    parameters = trpo.policy_parameters(agent)
-    surrogate = trpo.Surrogate(agent, states, actions, advantages)
-    gradient = trpo.flat_gradient(objective_of(surrogate), parameters)
+    args = replace(PLAIN, line_search_steps=60, line_search_shrink=0.5, target_kl=1e-4)
+    agent, batch = small_batch("discrete", args)
+    parameters, gradient = trpo.policy_parameters(agent), gradient_of_objective(agent, batch)
     old = parameters_to_vector(parameters).detach().clone()
-    fraction, _, kl = trpo.line_search(parameters, gradient, surrogate, args)
-    assert 0 < fraction < 1 and np.log2(fraction).is_integer() and kl < 1e-4
+    metrics = trpo.line_search(agent, batch, gradient, args)
+    fraction = metrics["step_fraction"].item()
+    assert 0 < fraction < 1 and np.log2(fraction).is_integer() and metrics["kl"] < 1e-4
     torch.testing.assert_close(parameters_to_vector(parameters).detach(), old + fraction * gradient)
 
 
 def test_equal_advantages_leave_the_policy_as_it_is():
     """Normalised they are 0: no direction, 0/0 for its length, and the line search refuses."""
     agent, states, actions, _ = small_problem("discrete")
-    old = parameters_to_vector(trpo.policy_parameters(agent)).clone()
-    metrics = trpo.trpo_update(agent, states, actions, torch.ones(40, dtype=torch.float64), trpo.Args())
-    assert (metrics["kl"], metrics["step_fraction"]) == (0, 0) and metrics["policy_loss"] == pytest.approx(0)
-    assert torch.equal(old, parameters_to_vector(trpo.policy_parameters(agent)))
+    old = parameters_to_vector(agent.parameters()).clone()
+    batch = trpo.trpo_batch(agent, states, actions, torch.ones(40, dtype=torch.float64), trpo.Args())
+    metrics = take_step(agent, batch, trpo.Args())
+    assert metrics["kl"] == metrics["step_fraction"] == 0 and metrics["policy_loss"].item() == pytest.approx(0)
+    assert torch.equal(old, parameters_to_vector(agent.parameters()))
+
+
+# Forks ------------------------------------------------------------------------------------------------------
+
+
+@both_kinds_of_actions
+def test_any_network_takes_the_natural_gradient_step(kind):
+    """LayerNorm, GELU and a layer without bias: F of the dense Jacobian, as with the network of the script."""
+    args = replace(PLAIN, target_kl=1e-5, cg_iterations=300, cg_damping=0.01)
+    agent, states, actions, advantages = small_problem(kind)
+    layers = nn.Linear(3, 4, bias=False), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, agent.action_size)
+    agent.actor = nn.Sequential(*layers).double()
+    batch = trpo.trpo_batch(agent, states, actions, advantages, args)
+    parameters = trpo.policy_parameters(agent)
+    old = parameters_to_vector(parameters).detach().clone()
+    fisher = dense_fisher(agent, batch)
+    damped = fisher + args.cg_damping * torch.eye(len(fisher), dtype=fisher.dtype)
+    x = torch.linalg.solve(damped, gradient_of_objective(agent, batch))
+    metrics = take_step(agent, batch, args)
+    step = parameters_to_vector(parameters).detach() - old
+    expected = metrics["step_fraction"] * (2 * args.target_kl / (x @ damped @ x)).sqrt() * x
+    assert metrics["step_fraction"] > 0
+    torch.testing.assert_close(step, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_frozen_stays_and_the_rest_moves():
+    agent, batch = small_batch("box")
+    agent.actor[0].requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in agent.named_parameters()}
+    assert take_step(agent, batch, PLAIN)["step_fraction"] > 0
+    moved = {name for name, p in agent.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"actor.2.weight", "actor.2.bias", "log_std"}
+
+
+def test_a_parameter_that_the_policy_does_not_use_is_not_left_out_in_silence():
+    agent, batch = small_batch("box")
+    agent.encoder = nn.Linear(3, 3).double()
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        trpo.trust_region_step(agent, batch, PLAIN)
+
+
+def test_an_actor_with_dropout_is_refused_in_one_line(capsys):
+    agent, states, actions, advantages = small_problem("box")
+    agent.actor.insert(2, nn.Dropout(0.1))
+    batch = trpo.trpo_batch(agent, states, actions, advantages, PLAIN)
+    with pytest.raises(SystemExit):
+        take_step(agent, batch, PLAIN)
+    assert "Dropout" in capsys.readouterr().err
+
+
+# Parity with Stable-Baselines3 ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Hopper-v5"])
@@ -204,7 +285,7 @@ def test_update_parity_with_sb3(env_id, normalize, monkeypatch, record_property)
     monkeypatch.setattr(stable_baselines3.common.policies, "preprocess_obs", lambda obs, *_, **__: obs.double())
     agent = copy_weights(model.policy, trpo.ActorCritic(*spaces, args.hidden_sizes).double())
     before = {name: p.clone() for name, p in agent.named_parameters()}
-    optimizer = torch.optim.Adam([trpo.parameter_vector(agent.critic)], args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(agent.critic.parameters(), args.learning_rate, eps=1e-5, fused=True)
     kl, solver = sb3_trpo.kl_divergence, sb3_trpo.conjugate_gradient_solver
     monkeypatch.setattr(sb3_trpo, "kl_divergence", lambda new, old: kl(old, new))
 
@@ -225,12 +306,14 @@ def test_update_parity_with_sb3(env_id, normalize, monkeypatch, record_property)
         advantages = trpo.gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
         assert_advantages_agree(model, advantages.float())
         states, returns = obs.flatten(0, 1), (advantages + values).flatten()
-        metrics = trpo.trpo_update(agent, states, actions.flatten(0, 1), advantages.flatten(), args)
-        fractions.append(metrics["step_fraction"])
+        batch = trpo.trpo_batch(agent, states, actions.flatten(0, 1), advantages.flatten(), args)
+        fractions.append(take_step(agent, batch, args)["step_fraction"])
         for order in orders[1:]:  # the first is that of the policy's batch, all of the rollout
             order = torch.as_tensor(order % T * N + order // T)  # SB3 counts its samples environment by environment
             for indices in order.chunk(args.num_minibatches):
-                trpo.critic_update(agent, optimizer, states[indices], returns[indices])
+                optimizer.zero_grad()
+                trpo.critic_gradient(agent, trpo.ValueBatch(states[indices], returns[indices]))
+                optimizer.step()
         assert len(orders) == 1 + args.critic_epochs
         orders.clear()
 
