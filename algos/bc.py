@@ -600,7 +600,7 @@ def train(args: Args) -> dict:
             run.advance(SimpleNamespace(num_envs=end - first, episodes=episodes))
             counter.episodes += len(episodes)
         obs, logged_step = envs.reset(args.seed + run.step), run.step
-        while expert and run.goes_on() and counter.episodes < enough:
+        while not dataset and run.goes_on() and counter.episodes < enough:
             labels = expert(obs)
             data.add(obs, labels)
             obs, *_ = envs.step(disturbed(labels, envs.action_space, args.noise))
@@ -619,7 +619,7 @@ def train(args: Args) -> dict:
         if not run.stopped:
             limit = envs.time_limit or 10 * run.longest_episode or 1000  # as of the policy
             seen = np.array([x[1] for x in dataset[2]]) if dataset else None
-            returns = evaluate(Player(expert), args, max_episode_steps=limit) if expert else seen
+            returns = seen if dataset else evaluate(Player(expert), args, max_episode_steps=limit)
             tqdm.write(f"the expert: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
         return run.finish(policy)
 

@@ -371,7 +371,7 @@ def train(args: Args) -> dict:
         optimizer = FlatAdam(network.parameters(), args.learning_rate)
         gradient_of = compiled(dqn_gradient, run.device) if args.compile else dqn_gradient
         buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, run.device)
-        run.start(envs, network=network, target=target, optimizer=optimizer, buffer=buffer)  # all of a checkpoint
+        run.start(envs, network=network, target=target, optimizer=optimizer, buffer=buffer)  # what a checkpoint holds
 
         obs, metrics, logged_step = envs.reset(args.seed + run.step), [], run.step
         while run.goes_on():

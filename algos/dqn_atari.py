@@ -198,7 +198,7 @@ class PixelQNetwork(nn.Module):
 
     def __init__(self, observation_space: Box, action_space: Discrete):
         super().__init__()
-        self.observation_space, self.action_space = observation_space, action_space
+        self.action_space = action_space
         convolutions = (observation_space.shape[0], 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)
         layers = [x for sizes in convolutions for x in (nn.Conv2d(*sizes), nn.ReLU(inplace=True))] + [nn.Flatten()]
         with torch.no_grad():
@@ -419,7 +419,7 @@ def train(args: Args) -> dict:
         optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
         gradient_of = compiled(dqn_gradient, run.device) if args.compile else dqn_gradient
         buffer = FrameBuffer(args.buffer_size, args.num_envs, envs.observation_space, run.device)
-        run.start(envs, network=network, target=target, optimizer=optimizer, buffer=buffer)  # all of a checkpoint
+        run.start(envs, network=network, target=target, optimizer=optimizer, buffer=buffer)  # what a checkpoint holds
 
         obs, metrics, logged_step = envs.reset(args.seed + run.step), [], run.step
         while run.goes_on():

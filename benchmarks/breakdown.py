@@ -27,23 +27,23 @@ import torch
 import tyro
 from growth import EVIDENCE, measure_missing
 from run import RESULTS, source_sha256
-from throughput import WORKS, arguments, boundaries_ours, code_of, passed
+from throughput import WORKS, arguments, boundaries_ours, code_of, environments, passed
 
 KEY = ["work", "setting"]
 SETTINGS = ("eager", "compile")
 PARTS = {
-    "environment": ("step_envs", "step_pixel_envs"),
+    "environment": ("Envs.step", "PixelEnvs.step"),
     "replay buffer": ("ReplayBuffer.add", "ReplayBuffer.draw_rows", "ReplayBuffer.get"),
     "gradient": (
-        *(f"{algo}_gradient" for algo in ("ppo", "a2c", "dqn")),
+        *(f"{algo}_gradient" for algo in ("ppo", "a2c", "dqn", "pixel_ppo")),
         *(f"{algo}_{part}_gradient" for algo in ("ddpg", "td3", "sac") for part in ("critic", "actor")),
-        *("critic_gradient", "trpo_update", "pixel_ppo_update"),
+        *("critic_gradient", "trust_region_step", "line_search"),
     ),
-    "optimiser": ("vector_step", "adam_step"),
+    "optimiser": ("FlatAdam.step", "FlatAdam.zero_grad"),
     "target networks": ("polyak_update",),
 }
 """Functions of the scripts, none of which may call another of them. TRPO's gradient includes the step along it that is
-searched for, that of PPO on pixels the optimiser."""
+searched for."""
 
 
 @contextlib.contextmanager
@@ -65,38 +65,28 @@ def clocks(script) -> Iterator[Callable[[], np.ndarray]]:
         clocked.part = part
         return clocked
 
-    name_of_compile = "fused" if hasattr(script, "fused") else "compiled"
-    compile_function = getattr(script, name_of_compile)
+    compile_function = torch.compile
+
+    def timed_compile(function: Callable, **settings) -> Callable:  # the clock stands outside of what is compiled
+        return timed(compile_function(function.__wrapped__, **settings), function.part)
+
     with contextlib.ExitStack() as stack:
         for part, names in PARTS.items():
             for name in names:
-                owner = getattr(script, "ReplayBuffer", None) if "." in name else script
-                name = name.split(".")[-1]
+                *owner, name = name.split(".")
+                owner = getattr(script, owner[0], None) if owner else script
                 if hasattr(owner, name):
                     stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), part)))
-        if hasattr(script, "GRADIENTS"):
-            gradients = tuple(getattr(script, function.__name__) for function in script.GRADIENTS)
-            stack.enter_context(patch.object(script, "GRADIENTS", gradients))
-
-        # The clock stands outside of what is compiled.
-        def timed_compiled(function, *device):
-            return timed(compile_function(function.__wrapped__, *device), function.part)
-
-        stack.enter_context(patch.object(script, name_of_compile, timed_compiled))
+        stack.enter_context(patch.object(torch, "compile", timed_compile))
         yield lambda: np.array([perf_counter(), *(spent[part] for part in PARTS)])
 
 
 def seconds_alone(script, args) -> float:
     """An environment step's, over 2 seconds of random actions and nothing else, as the script takes it."""
-    step = getattr(script, "step_pixel_envs", None) or script.step_envs
-    envs = getattr(script, "make_pixel_envs", None) or script.make_envs
-    envs = envs(args, args.num_envs)
-    envs.action_space.seed(0)
-    envs.reset(seed=0)
-    actions = [torch.as_tensor(envs.action_space.sample()) for _ in range(100)]
+    envs, actions = environments(script, args)
     steps, start = 0, perf_counter()
     while perf_counter() < start + 2:
-        step(envs, actions[steps % len(actions)])
+        envs.step(actions[steps % len(actions)])
         steps += 1
     envs.close()
     return (perf_counter() - start) / (steps * args.num_envs)

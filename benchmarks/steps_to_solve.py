@@ -38,14 +38,14 @@ KEY = ["impl", "algo", "seed", "step"]
 def returns_ours(algo: str, args) -> list[float]:
     """Mean return of the policy's evaluation after every EVERY environment steps of training."""
     script, returns = importlib.import_module(algo), []
-    interrupted = script.Run.interrupted
+    goes_on = script.Run.goes_on
 
     def evaluating(run) -> bool:  # every iteration asks this once, at its beginning
         if run.step and run.step % EVERY == 0:
             returns.append(script.evaluate(run.modules["agent"], args).mean())
-        return interrupted(run)
+        return goes_on(run)
 
-    with patch.object(script.Run, "interrupted", evaluating), patch.object(script, "export_policy"):
+    with patch.object(script.Run, "goes_on", evaluating), patch.object(script, "export_policy"):
         script.train(args)
     return returns
 

@@ -188,7 +188,7 @@ def boundaries_ours(algo: str, args, clock: Callable[[], float] = perf_counter) 
 
     with (
         patch.object(module.Run, "log", timed_log),
-        patch.object(module, "evaluate", lambda *_: np.zeros(1)),
+        patch.object(module, "evaluate", lambda *_, **__: np.zeros(1)),
         patch.object(module, "export_policy"),
     ):
         module.train(args)
@@ -278,19 +278,24 @@ def flops_per_step(algo: str, args) -> float:
 
 def environment_steps_per_second(algo: str, args) -> float:
     """Of the environments alone, with random actions, over 2 seconds."""
-    script = importlib.import_module(algo)
-    envs = getattr(script, "make_pixel_envs" if hasattr(script, "make_pixel_envs") else "make_envs")(
-        args, args.num_envs
-    )
-    envs.action_space.seed(0)
-    envs.reset(seed=0)
-    actions = [envs.action_space.sample() for _ in range(100)]
+    envs, actions = environments(importlib.import_module(algo), args)
     steps, start = 0, perf_counter()
     while perf_counter() < start + 2:
         for action in actions:
             envs.step(action)
         steps += len(actions) * args.num_envs
+    envs.close()
     return steps / (perf_counter() - start)
+
+
+def environments(script, args) -> tuple:
+    """The script's environments, reset, and a hundred random actions for them."""
+    envs = getattr(script, "PixelEnvs", None) or script.Envs
+    envs = envs(args, args.num_envs)
+    envs.action_space.seed(0)
+    envs.reset(0)
+    samples = ([envs.action_space.sample() for _ in range(args.num_envs)] for _ in range(100))
+    return envs, [torch.as_tensor(np.array(x)) for x in samples]
 
 
 def matrix_flops_per_second(threads: int) -> float:

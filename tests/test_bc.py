@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
+from sb3_contrib import TQC, RecurrentPPO
 from scipy.special import logsumexp
 from scipy.stats import norm
-from sb3_contrib import TQC, RecurrentPPO
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
@@ -493,7 +493,7 @@ EXPORTED = {
     "ppo": "CartPole-v1",
     "sac": "Pendulum-v1",
     "dqn": "Acrobot-v1",
-    "a2c": "Taxi-v3",
+    "a2c": "Taxi-v4",
     "reinforce": "MountainCarContinuous-v0",
 }
 

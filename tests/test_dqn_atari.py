@@ -7,11 +7,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 from parity import Recorder, assert_parameters_agree, follow_replay
 from stable_baselines3 import DQN
 from stable_baselines3.common.vec_env import DummyVecEnv
-from test_learning import last_scalar
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CPU = torch.device("cpu")
 
@@ -46,17 +46,16 @@ class Reference:
 def test_stacks_are_the_environments_own_over_10_000_steps():
     """Two games, in a ring that they fill several times over; episodes end many times, two at once too."""
     args = parse("--env-id ALE/Klax-v5")
-    envs = dqn_atari.make_pixel_envs(args, 2)
-    buffer = Reference(dqn_atari.FrameBuffer(2 * 701, 2, envs.single_observation_space, CPU))
+    envs = dqn_atari.PixelEnvs(args, 2)
+    buffer = Reference(dqn_atari.FrameBuffer(2 * 701, 2, envs.observation_space, CPU))
     rng, ends = np.random.default_rng(0), 0
-    obs, _ = envs.reset(seed=0)
+    obs = envs.reset(0)
     for t in range(5_000):
-        actions = rng.integers(envs.single_action_space.n, size=2)
+        actions = rng.integers(envs.action_space.n, size=2)
         acted_on = obs
-        obs, next_obs, rewards, terminated, truncated, _ = dqn_atari.step_pixel_envs(envs, torch.as_tensor(actions))
-        ended = terminated | truncated
-        ends += ended.sum()
-        buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated, ended)
+        obs, next_obs, rewards, terminated, truncated = envs.step(torch.as_tensor(actions))
+        ends += envs.ended.sum()
+        buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated, envs.ended)
         if t % 1000 == 999:
             assert 0.93 * 1402 < buffer.check() < 1402
     assert ends > 50
@@ -169,16 +168,16 @@ def test_images_that_are_no_stack_are_refused(capsys):
 @pytest.mark.parametrize("protocol", ["machado", "nature"])
 def test_what_the_buffer_holds_of_a_game_of_five_lives(protocol, monkeypatch):
     """Signs of rewards; a lost life as a termination under nature's protocol alone; no image more than there are."""
-    step = dqn_atari.step_pixel_envs
+    step = dqn_atari.PixelEnvs.step
 
     def richer(envs, actions):
         obs, reached, rewards, *rest = step(envs, actions)
         return obs, reached, 7 * rewards, *rest
 
-    monkeypatch.setattr(dqn_atari, "step_pixel_envs", richer)
-    monkeypatch.setattr(dqn_atari, "evaluate", lambda *_: np.zeros(1))
+    monkeypatch.setattr(dqn_atari.PixelEnvs, "step", richer)
+    monkeypatch.setattr(dqn_atari, "evaluate", lambda *_, **__: np.zeros(1))
     flags = f"--env-id ALE/Breakout-v5 --protocol {protocol} --num-envs 2 --total-timesteps 1000 --buffer-size 2000"
-    run_dir = dqn_atari.train(parse(f"{flags} --learning-starts 1000 --torch-threads 1"))["run_dir"]
+    run_dir = dqn_atari.train(parse(f"{flags} --learning-starts 999 --torch-threads 1"))["run_dir"]
     buffer = torch.load(run_dir / "checkpoint.pt", weights_only=True)["buffer"]
     games = np.loadtxt(run_dir / "monitor.csv", delimiter=",", skiprows=2, ndmin=2)
     usable, terminated = buffer["usable"], buffer["terminated"] & buffer["usable"]
@@ -191,7 +190,7 @@ def test_what_the_buffer_holds_of_a_game_of_five_lives(protocol, monkeypatch):
 
 @pytest.mark.parametrize("anneal", [True, False])
 def test_steps_updates_and_schedules_follow_the_flags(anneal, monkeypatch):
-    """a: a step of both environments, after 10 random ones with its ε; t: the target follows; c: a gradient step."""
+    """a: a step of both environments, after 10 random ones with its ε; t: the target follows; b, c: a gradient step."""
     events = []
     epsilon_greedy, add, get = dqn_atari.epsilon_greedy, dqn_atari.FrameBuffer.add, dqn_atari.FrameBuffer.get
 
@@ -199,12 +198,16 @@ def test_steps_updates_and_schedules_follow_the_flags(anneal, monkeypatch):
         events.append(("ε", pytest.approx(epsilon)))
         return epsilon_greedy(q_values, epsilon)
 
-    def step(network, target, optimizer, batch, discounts, args, gradient_of):
-        events.append(("c", pytest.approx(optimizer.param_groups[0]["lr"]), len(batch.rewards)))
-        return torch.zeros(2)
+    def gradient(network, target, batch, discounts, args):
+        events.append(("b", len(batch.rewards)))
+        return {"td_loss": torch.zeros(())}
+
+    def step(optimizer):
+        events.append(("c", pytest.approx(optimizer.param_groups[0]["lr"])))
 
     monkeypatch.setattr(dqn_atari, "epsilon_greedy", act)
-    monkeypatch.setattr(dqn_atari, "dqn_update", step)
+    monkeypatch.setattr(dqn_atari, "dqn_gradient", gradient)
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
     monkeypatch.setattr(dqn_atari.FrameBuffer, "add", lambda *x: events.append("a") or add(*x))
     monkeypatch.setattr(dqn_atari.FrameBuffer, "get", lambda *x: events.append(("n", *x[2:])) or get(*x))
     monkeypatch.setattr(dqn_atari, "polyak_update", lambda target, online, tau: events.append(("t", tau)))
@@ -220,7 +223,7 @@ def test_steps_updates_and_schedules_follow_the_flags(anneal, monkeypatch):
             expected += [("ε", max(0.9 - 0.8 * steps / 24, 0.1))] * (steps >= 10) + ["a"]
             steps += 2
             expected += [("t", 0.3)] * (steps // 5 - (steps - 2) // 5)
-        expected += [("n", 3, 0.9), ("c", rate, 4)] * (2 if steps > 10 else 0)
+        expected += [("n", 3, 0.9), ("b", 4), ("c", rate)] * (2 if steps > 10 else 0)
     assert events == expected
 
 
@@ -291,7 +294,7 @@ def test_updates_agree_with_sb3(n_step, record_property):
         ours.data.copy_(theirs.data)
     target = copy.deepcopy(network).requires_grad_(False)
     before = copy.deepcopy(network.state_dict())
-    optimizer = dqn_atari.vector_adam(network, args.learning_rate)
+    optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
     buffer = LikeTheirs(150, env.observation_space)
     seen = 40
 
@@ -302,7 +305,9 @@ def test_updates_agree_with_sb3(n_step, record_property):
                 dqn_atari.polyak_update(target, network, 0.7)
         seen = model.num_timesteps
         batch, discounts = buffer.frames.get(buffer.ours(rows), n_step, args.gamma)
-        dqn_atari.dqn_update(network, target, optimizer, batch, discounts, args)
+        optimizer.zero_grad()
+        dqn_atari.dqn_gradient(network, target, batch, discounts, args)
+        optimizer.step()
 
     updates = follow_replay(model, buffer, 300, update)
     assert updates > 50
@@ -312,6 +317,41 @@ def test_updates_agree_with_sb3(n_step, record_property):
     )
     record_property("largest difference", worst)
     print(f"dqn_atari, n = {n_step}: largest difference {worst:.1e} after {updates} updates")
+
+
+# The gradient -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("loss", ["huber", "squared"])
+def test_the_gradient_is_the_losses_up_to_its_bound(double, loss):
+    """Against the definition, sample by sample, on images from 0 to 1."""
+    torch.manual_seed(0)
+    spaces = Box(0, 255, (2, 36, 36), np.uint8), Discrete(3, start=5)
+    network, target = (dqn_atari.PixelQNetwork(*spaces) for _ in range(2))
+    obs, next_obs = torch.randint(256, (2, 8, 2, 36, 36), dtype=torch.uint8)
+    actions, rewards, terminated = torch.randint(3, (8,)), 3 * torch.randn(8), torch.arange(8) % 3 == 0
+    batch = dqn_atari.Transitions(obs, actions, rewards, next_obs, terminated, terminated & False)
+    with torch.no_grad():
+        next_q, next_target_q = (x.network(next_obs / 255) for x in (network, target))
+        best = (next_q if double else next_target_q).argmax(1)
+        y = rewards + 0.9 * ~terminated * next_target_q[torch.arange(8), best]
+    errors = network.network(obs / 255)[torch.arange(8), actions] - y
+    assert errors.abs().min() < 1 < errors.abs().max()
+    small = (errors.abs() < 1) | (loss == "squared")
+    mean = torch.where(small, 0.5 * errors.square(), errors.abs() - 0.5).mean()
+    expected = torch.autograd.grad(mean, list(network.parameters()))
+    norm = torch.cat([x.flatten() for x in expected]).norm()
+    for bound in (1e9, 0.01):
+        network.zero_grad()
+        args = dqn_atari.Args(double=double, loss=loss, max_grad_norm=bound)
+        metrics = dqn_atari.dqn_gradient(network, target, batch, 0.9, args)
+        torch.testing.assert_close(metrics["td_loss"], mean.detach())
+        for parameter, gradient in zip(network.parameters(), expected):
+            assert parameter.grad.stride() == parameter.stride(), "fused Adam reads both in their memory's order"
+            torch.testing.assert_close(parameter.grad, gradient * min(1, bound / norm), rtol=1e-3, atol=1e-7)
+    assert all(p.grad is None for p in target.parameters())
+    assert network(obs).tolist() == (5 + network.network(obs / 255).argmax(1)).tolist()
 
 
 # Learning ---------------------------------------------------------------------------------------------------
@@ -332,7 +372,8 @@ def test_a_time_limit_is_bootstrapped_and_a_termination_is_not(env_id, batch_siz
     """As in tests/test_learning.py."""
     flags = f"--env-id {env_id} --batch-size {batch_size} {ONE_STATE} --torch-threads 1 --eval-episodes 1"
     run = dqn_atari.train(parse(flags))
-    assert last_scalar(run["run_dir"], "losses/q_values") == pytest.approx(value, abs=tolerance)
+    events = EventAccumulator(str(run["run_dir"]), {"scalars": 0}).Reload()
+    assert events.Scalars("losses/q_values")[-1].value == pytest.approx(value, abs=tolerance)
 
 
 @pytest.mark.slow
