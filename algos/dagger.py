@@ -314,7 +314,7 @@ def load_sb3(path: Path, *spaces: gym.Space) -> Callable:
     if not re.fullmatch(r"stable_baselines3\.\w+\.policies(ActorCritic|DQN|SAC|TD3)Policy", module + name):
         raise ValueError(f"it is a {module}.{name}; only Stable-Baselines3's own for vectors can be played")
     if found := [*path.parent.glob("*vecnormalize*.pkl")]:
-        raise ValueError(f"{found[0]} beside it: observations were normalised by a pickle, which is not opened here")
+        raise ValueError(f"{found[0].name}, beside it, normalised its observations; a pickle, it is not opened here")
     settings = {key: x for key, x in about["policy_kwargs"].items() if not key.startswith((":", "optimizer_"))}
     if match := re.fullmatch(r"<class 'torch\.nn\.modules\.activation\.(\w+)'>", settings.get("activation_fn", "")):
         settings["activation_fn"] = getattr(nn, match[1])
@@ -353,9 +353,7 @@ def find_expert(args: Args, envs, run) -> Callable:
     if args.expert is None:
         if importlib.util.find_spec("stable_baselines3") is None:
             fail("training an expert needs stable-baselines3: pip install stable-baselines3, or give one with --expert")
-        if isinstance(space, Box) and not (
-            space.dtype.kind == "f" and ToBox(space).bounds.diff(dim=0).isfinite().all()
-        ):
+        if isinstance(space, Box) and (space.dtype.kind != "f" or not ToBox(space).bounds.diff(dim=0).isfinite().all()):
             fail(f"no expert is trained here for {args.env_id}, whose actions are {space}: give one with --expert")
         versions = [importlib.metadata.version(x) for x in ("stable-baselines3", "gymnasium", "torch")]
         recipe = repr((envs.envs[0].spec, args.expert_timesteps, versions, inspect.getsource(train_expert)))
@@ -385,17 +383,14 @@ def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
     with Run(args) as run:
         envs = Envs(args, args.num_envs, (Discrete, Box))
-        space = envs.action_space
+        space, data = envs.action_space, LabelledStates(run.device)
         if isinstance(space, Box) and not ToBox(space).bounds.float().diff(dim=0).isfinite().all():
             fail(f"{args.env_id} has the actions {space}, unbounded or too wide to be scaled to; bc.py takes them")
         expert = find_expert(args, envs, run)
         learner = Learner(envs.observation_space, space, args.hidden_sizes).to(run.device)
         optimizer = FlatAdam(learner.parameters(), args.learning_rate)
         gradient_of = compiled(dagger_gradient, run.device) if args.compile else dagger_gradient
-        data, iteration_steps = (
-            LabelledStates(run.device),
-            -(-args.steps_per_iteration // args.num_envs) * args.num_envs,
-        )
+        iteration_steps = -(-args.steps_per_iteration // args.num_envs) * args.num_envs
         run.start(envs, learner=learner, optimizer=optimizer, data=data)  # all that a checkpoint holds
 
         obs = envs.reset(args.seed + run.step)
@@ -456,7 +451,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     known, _ = early.parse_known_args(argv)
     defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
     if known.resume:
-        defaults = Args(**load_checkpoint(known.resume)["args"])
+        defaults = load_checkpoint(known.resume)["args"]
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
     description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
     args = tyro.cli(Args, default=defaults, args=argv, description=description)
@@ -477,13 +472,15 @@ def check_args(args: Args) -> None:
 def load_checkpoint(folder: str, **modules) -> dict:
     """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
     try:
-        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=True)
+        mmap = sys.platform != "win32"  # there a file that optimisers still read from could not be replaced
+        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=mmap)
         if state["algo"] != ALGO:
             raise ValueError(f"it is {state['algo']}.py's")
+        state["args"] = Args(**state["args"])
         for name, module in modules.items():
             module.load_state_dict(state[name])
     except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
-        fail(f"--resume {folder}: no checkpoint of this {ALGO}.py, or of an older version of it ({error!r:.200})")
+        fail(f"--resume {folder}: not a checkpoint of {ALGO}.py, or one of an older version ({error!r:.200})")
     return state
 
 
@@ -493,6 +490,7 @@ def make_env(args: Args, **kwargs) -> gym.Env:
         env = gym.make(args.env_id, **kwargs)
     except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
         hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
+        hint = "--capture-video needs it to render" if "render_mode" in kwargs else hint
         fail(f"--env-id {args.env_id}: {error} ({hint})")
     plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
     return env if plain else gym.wrappers.FlattenObservation(env)
@@ -505,6 +503,7 @@ class Envs:
     """
 
     def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
+        kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
         self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
         self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
         self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
@@ -520,7 +519,7 @@ class Envs:
 
     def film(self, args: Args, folder: str, name: str) -> None:
         """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
-        self.envs[0] = gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), folder, name_prefix=name)
+        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], folder, name_prefix=name)
 
     def reset(self, seed: int) -> np.ndarray:
         """First observations (N, …); environment i is seeded with seed + i."""

@@ -434,7 +434,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     known, _ = early.parse_known_args(argv)
     defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
     if known.resume:
-        defaults = Args(**load_checkpoint(known.resume)["args"])
+        defaults = load_checkpoint(known.resume)["args"]
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
     description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
     args = tyro.cli(Args, default=defaults, args=argv, description=description)
@@ -455,13 +455,15 @@ def check_args(args: Args) -> None:
 def load_checkpoint(folder: str, **modules) -> dict:
     """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
     try:
-        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=True)
+        mmap = sys.platform != "win32"  # there a file that optimisers still read from could not be replaced
+        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=mmap)
         if state["algo"] != ALGO:
             raise ValueError(f"it is {state['algo']}.py's")
+        state["args"] = Args(**state["args"])
         for name, module in modules.items():
             module.load_state_dict(state[name])
     except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
-        fail(f"--resume {folder}: no checkpoint of this {ALGO}.py, or of an older version of it ({error!r:.200})")
+        fail(f"--resume {folder}: not a checkpoint of {ALGO}.py, or one of an older version ({error!r:.200})")
     return state
 
 
@@ -471,6 +473,7 @@ def make_env(args: Args, **kwargs) -> gym.Env:
         env = gym.make(args.env_id, **kwargs)
     except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
         hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
+        hint = "--capture-video needs it to render" if "render_mode" in kwargs else hint
         fail(f"--env-id {args.env_id}: {error} ({hint})")
     plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
     return env if plain else gym.wrappers.FlattenObservation(env)
@@ -483,6 +486,7 @@ class Envs:
     """
 
     def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
+        kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
         self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
         self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
         self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
@@ -498,7 +502,7 @@ class Envs:
 
     def film(self, args: Args, folder: str, name: str) -> None:
         """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
-        self.envs[0] = gym.wrappers.RecordVideo(make_env(args, render_mode="rgb_array"), folder, name_prefix=name)
+        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], folder, name_prefix=name)
 
     def reset(self, seed: int) -> np.ndarray:
         """First observations (N, …); environment i is seeded with seed + i."""

@@ -29,7 +29,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
 from typing import Literal, NamedTuple
@@ -326,7 +326,7 @@ def measure(work: Work, setting: str) -> float:
         if work.settings == MODEL_BASED_SETTINGS:
             script = importlib.import_module(algo)
             context = clock_without_model(script) if setting == "updates" else contextlib.nullcontext(perf_counter)
-            with context as clock, patch.object(script, "LOG_EVERY", work.steps):
+            with context as clock, patch.object(script, "LOG_EVERY", work.steps, create=True):
                 return per_second(boundaries_ours(algo, args, clock), work.warmup_steps)
         boundaries = (boundaries_sb3 if code_of(work, setting)[0] == "sb3" else boundaries_ours)(algo, args)
     return per_second(boundaries, work.warmup_steps)
@@ -406,7 +406,7 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     columns = pd.DataFrame(columns=COLUMNS)
     measurements = pd.read_csv(path, keep_default_na=False) if path.exists() else columns
-    today, here = datetime.now(timezone.utc).date().isoformat(), machine(args.device)
+    today, here = datetime.now(UTC).date().isoformat(), machine(args.device)
     bar = tqdm(total=args.rounds * sum(len(works[name].settings) for name in names), unit="run")
     for number in range(1, args.rounds + 1):
         for name in names:

@@ -313,13 +313,13 @@ def test_sb3s_side_of_an_off_policy_run():
 def test_sb3_sees_the_same_images_and_rewards(game):
     """From the first image on, bit for bit; without actions, so that sticky ones make no difference."""
     args = ppo_atari.parse_args(["--env-id", f"ALE/{game}-v5", "--no-clip-rewards"])
-    theirs, ours = sb3.make_pixel_env(args, 2), ppo_atari.make_pixel_envs(args, 2)
-    images, (expected, _) = theirs.reset(), ours.reset(seed=0)
+    theirs, ours = sb3.make_pixel_env(args, 2), ppo_atari.PixelEnvs(args, 2)
+    images, expected = theirs.reset(), ours.reset(0)
     rewards, still = [], np.zeros(2, dtype=int)
     for _ in range(150):
         np.testing.assert_array_equal(np.moveaxis(images, -1, 1), expected)
         images, reward, *_ = theirs.step(still)
-        expected, expected_reward, *_ = ours.step(still)
+        expected, _, expected_reward, *_ = ours.step(torch.as_tensor(still))
         np.testing.assert_array_equal(reward, expected_reward)
         rewards.append(reward)
     assert np.sum(rewards) == (-6 if game == "Pong" else 0)
@@ -520,7 +520,7 @@ def test_a_change_that_leaves_every_episode_as_it_was_is_confirmed_by_one_seed(c
     with monkeypatch.context() as patch:
         patch.setattr(run, "run", lambda *_: 1)  # today's code fails; what an older confirmation left is no evidence
         assert run.confirm(cells, args) == 1 and run.read_runs(args.results).equals(confirmed)
-    edit(copy / "algos" / "a2c.py", "gamma: float = 0.99", "gamma: float = 0.5")
+    edit(copy / "algos" / "a2c.py", "gamma: Fraction = 0.99", "gamma: Fraction = 0.5")
     assert run.confirm(cells, args) == 1 and "--rerun-changed" in capsys.readouterr().err
     assert run.read_runs(args.results).equals(confirmed)
 

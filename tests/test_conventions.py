@@ -2,10 +2,14 @@
 
 import ast
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import budgets
 import pytest
+import spread
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGOS = sorted((ROOT / "algos").glob("*.py"))
@@ -16,6 +20,9 @@ COMMON_FLAGS = (
     "env_id seed total_timesteps num_envs device torch_threads compile output_dir resume checkpoint_every"
     " eval_episodes capture_video"
 ).split()
+COMMON_FLAGS_WITHOUT_LEARNING = "env_id seed eval_episodes output_dir capture_video".split()
+
+PLUMBING = "fail parse_args check_args load_checkpoint make_env Envs finite Run evaluate export_policy".split()
 
 each_algo = pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
 
@@ -31,13 +38,13 @@ def definitions(path) -> list:
 
 
 def args_fields(path) -> dict[str, str | None]:
-    """Args' fields, each with the docstring below it."""
+    """Args' fields, each with the comment that ends its line; None where it has none, or more lines than one."""
     (args,) = (node for node in definitions(path) if node.name == "Args")
-    texts = {}
-    for node, below in zip(args.body, [*args.body[1:], None]):
+    lines, texts = path.read_text().splitlines(), {}
+    for node in args.body:
         if isinstance(node, ast.AnnAssign):
-            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            texts[node.target.id] = below.value.value if documented else None
+            comment = re.fullmatch(r"\s*# (.+)", lines[node.lineno - 1].encode()[node.end_col_offset :].decode())
+            texts[node.target.id] = comment[1] if comment and node.lineno == node.end_lineno else None
     return texts
 
 
@@ -69,13 +76,12 @@ def test_imports_only_what_a_lone_copy_finds(path):
 
 
 def test_a_name_means_one_thing():
-    seen = {}
-    for path in ALGOS:
-        for node in definitions(path):
-            first, source = seen.setdefault(node.name, (path, ast.unparse(node)))
-            assert node.name in ("Args", "train") or ast.unparse(node) == source, (
-                f"{node.name} differs between {first.name} and {path.name}: make them one, or give one another name"
-            )
+    several = {name: texts for name, texts in spread.sources(ROOT / "algos").items() if len(texts) > 1}
+    assert not several, "\n".join(
+        f"{name} differs: {' | '.join(' '.join(files) for files in texts.values())}. Make them one with"
+        f" python tests/spread.py {name} algos/FILE.py, or give one another name"
+        for name, texts in several.items()
+    )
 
 
 @each_algo
@@ -91,14 +97,68 @@ def test_everything_public_has_a_docstring(path):
 
 @each_algo
 def test_every_flag_is_explained(path):
-    missing = [name for name, text in args_fields(path).items() if not (text or "").strip()]
-    assert not missing, f"{path.name}: write a docstring line under {missing}; --help shows it"
+    """tyro shows that comment; of a field without one it shows the comment above its section."""
+    missing = [name for name, text in args_fields(path).items() if text is None]
+    assert not missing, f"{path.name}: end the lines of {missing} in a comment, each on one line; --help shows it"
 
 
 @each_algo
 def test_has_the_common_flags(path):
-    missing = set(COMMON_FLAGS) - args_fields(path).keys()
+    learns = any(node.name == "train" for node in definitions(path))
+    missing = set(COMMON_FLAGS if learns else COMMON_FLAGS_WITHOUT_LEARNING) - args_fields(path).keys()
     assert not missing, f"{path.name}: Args needs {missing}, as in every other script"
+
+
+@each_algo
+def test_reads_from_the_algorithm_to_the_plumbing(path):
+    """Args, networks, the maths under whatever titles, training, plumbing."""
+    lines = path.read_text().splitlines()
+    titles = {i: match[1] for i, line in enumerate(lines, 1) if (match := budgets.SECTION.match(line))}
+    names = list(titles.values())
+    plumbing = names.index("Plumbing: the same in every file")
+    assert "etwork" in names[0] and names[plumbing - 1] == "Training" and plumbing > 2, f"{path.name}: {names}"
+    helpers = [name for name in names[plumbing + 1 :] if not name.startswith(("Data parallel", "CUDA"))]
+    assert not helpers, f"{path.name}: {helpers} belong above Training"
+    first, training, end = (list(titles)[i] for i in (0, plumbing - 1, plumbing))
+    at = {node.name: node.lineno for node in definitions(path)}
+    assert at["Args"] < first, f"{path.name}: Args stand above the first section"
+    assert training < at["train"] < end, f"{path.name}: train() is the section Training's"
+    misplaced = [name for name, line in at.items() if name in PLUMBING and line < end]
+    assert not misplaced, f"{path.name}: {misplaced} belong into Plumbing"
+    assert lines[-2:] == ['if __name__ == "__main__":', "    train(parse_args())"]
+
+
+@each_algo
+def test_is_no_longer_than_its_budget_or_than_it_was(path):
+    exceeded = budgets.longer_than_known(path)
+    assert not exceeded, f"{'; '.join(exceeded)} lines: leave out what the reader of this algorithm would not miss"
+    assert budgets.size(path).docstring <= budgets.DOCSTRING, (
+        f"{path.name}: the docstring has {budgets.DOCSTRING} lines"
+    )
+
+
+def test_budgets_write_lets_files_have_their_present_lines_and_no_more():
+    for folder in ("algos", "tests"):
+        Path(folder).mkdir()
+    shutil.copy(budgets.__file__, "tests")
+    short, long = Path("algos/short.py"), Path("algos/ppo.py")
+    short.write_text('"""Short."""\n')
+    text = '"""Long."""\n' + "x = 1\n" * budgets.REST_OF["ppo"] + "# Plumbing ---\n" + "y = 2\n"
+    for rest in (text, text + "y = 3\n", '"""Short now."""\n'):
+        long.write_text(rest)
+        subprocess.run([sys.executable, "tests/budgets.py", "--write"], check=True)
+        scope = {"__file__": "tests/budgets.py", "__name__": "budgets"}
+        exec(compile(Path("tests/budgets.py").read_text(), "budgets", "exec"), scope)
+        lines = rest.count("y ="), rest.count("x =")
+        assert scope["KNOWN"] == ({"ppo": (lines[0] + 1, lines[1] + 1)} if lines[1] else {})
+        assert scope["longer_than_known"](long) == scope["longer_than_known"](short) == []
+        if lines[1]:
+            long.write_text(rest.replace("x = 1\n", "x = 1\n\n", 1))
+            assert scope["longer_than_known"](long) == [f"ppo.py: rest {lines[1] + 2}, at most {lines[1] + 1}"]
+
+
+def test_known_lengths_are_of_files_that_exist():
+    assert budgets.KNOWN.keys() <= {path.stem for path in ALGOS}, "python tests/budgets.py --write"
 
 
 @each_algo
@@ -110,8 +170,8 @@ def test_names_its_paper(path):
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
-def test_parses_on_python_3_10(path):
-    ast.parse(path.read_text(), feature_version=(3, 10))
+def test_parses_on_python_3_11(path):
+    ast.parse(path.read_text(), feature_version=(3, 11))
 
 
 @each_algo

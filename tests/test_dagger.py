@@ -1,13 +1,19 @@
 """dagger.py: whose actions are done, whose are learned, and from which states."""
 
+import inspect
 from pathlib import Path
 
 import bc
 import dagger
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
+from sb3_contrib import RecurrentPPO
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 PLANE = Box(-1, 1, (2,))
 
@@ -19,11 +25,11 @@ def contrary(obs):
 
 def run_of(flags, monkeypatch, expert=contrary) -> tuple[dict, np.ndarray, Path]:
     """A short run in CartPole-v1 → its data, the actions that were done there, its directory."""
-    done, step_envs = [], dagger.step_envs
+    done, step = [], dagger.Envs.step
     with monkeypatch.context() as patch:
         patch.setattr(dagger, "find_expert", lambda *_: expert)
-        patch.setattr(dagger, "step_envs", lambda envs, actions: done.append(actions) or step_envs(envs, actions))
-        patch.setattr(dagger, "evaluate", lambda *_: np.zeros(1))
+        patch.setattr(dagger.Envs, "step", lambda envs, actions: done.append(actions) or step(envs, actions))
+        patch.setattr(dagger, "evaluate", lambda *_, **__: np.zeros(1))
         flags = f"--steps-per-iteration 100 --epochs 1 --eval-episodes 1 {flags}"
         run_dir = dagger.train(dagger.parse_args(flags.split()))["run_dir"]
     state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
@@ -58,9 +64,8 @@ def test_the_learner_that_acts_is_the_one_that_has_learned(monkeypatch):
 
 def test_data_only_grow(monkeypatch):
     short, _, _ = run_of("--total-timesteps 200", monkeypatch)
-    sizes = []
-    split = torch.Tensor.split
-    monkeypatch.setattr(torch.Tensor, "split", lambda x, size: sizes.append(len(x)) or split(x, size))
+    sizes, standardise = [], dagger.Learner.standardise
+    monkeypatch.setattr(dagger.Learner, "standardise", lambda x, obs: sizes.append(len(obs)) or standardise(x, obs))
     long, _, _ = run_of("--total-timesteps 400", monkeypatch)
     assert sizes == [100, 200, 300, 400], "every iteration learns from all data so far"
     for name in ("observations", "actions"):
@@ -71,22 +76,21 @@ def test_data_only_grow(monkeypatch):
     "space", [Discrete(3, start=1), Box(np.float32([-1, 2]), np.float32([3, 4]))], ids=["discrete", "box"]
 )
 def test_the_first_iteration_is_cloning(space):
-    """The expert acts, whatever β decays by, and the gradient is that of bc.py (for a Box, its Gaussian's mean's)."""
-    assert [dagger.expert_probability(1, decay) for decay in (0.0, 0.3, 1.0)] == [1, 1, 1]
-    assert [dagger.expert_probability(i, 0.5) for i in (2, 3)] == [0.5, 0.25]
-    assert dagger.expert_probability(2, 0.0) == 0
+    """The gradient is that of bc.py (for a Box, its Gaussian's mean's)."""
     torch.manual_seed(0)
     learner, cloned = dagger.Learner(PLANE, space, ()), bc.ClonedPolicy(PLANE, space, bc.Args(hidden_sizes=()))
-    layer = cloned.head.logits if isinstance(space, Discrete) else cloned.head.mean
+    (layer,) = cloned.logits if isinstance(space, Discrete) else cloned.head.mean
     layer.load_state_dict(learner.network[0].state_dict())
     obs = 1e-4 * torch.randn(20, 2)  # where tanh is the identity
     learner.network[0].bias.data[:] = layer.bias.data[:] = 0
     actions = torch.as_tensor(np.stack([space.sample() for _ in range(20)]))
     if isinstance(space, Box):
         actions = torch.as_tensor(space.low + space.high) / 2 + 1e-3 * (actions - torch.as_tensor(space.low))
-    ours, _ = dagger.dagger_gradient(learner, obs, actions)
-    theirs = torch.autograd.grad(-cloned.log_prob(obs, actions).mean(), list(layer.parameters()))
-    torch.testing.assert_close(ours, torch.cat([x.flatten() for x in theirs]), rtol=1e-4, atol=1e-9)
+    dagger.dagger_gradient(learner, obs, actions)
+    bc.bc_gradient(cloned, obs, actions)
+    for ours, theirs in zip(learner.network.parameters(), layer.parameters(), strict=True):
+        factor = 1 if isinstance(space, Discrete) else 1  # mean of A = 2 squares here, half their sum there
+        torch.testing.assert_close(ours.grad, theirs.grad * factor, rtol=1e-4, atol=1e-9)
 
 
 def test_the_expert_acts_with_probability_beta(monkeypatch):
@@ -94,5 +98,77 @@ def test_the_expert_acts_with_probability_beta(monkeypatch):
     monkeypatch.setattr(dagger, "export_policy", lambda *_: None)
     flags = "--total-timesteps 6000 --steps-per-iteration 2000 --beta-decay 0.5"
     _, done, _ = run_of(flags, monkeypatch, expert=lambda obs: np.ones(len(obs), np.int64))
+    done = done[:6000]
     shares = done.reshape(3, 2000).mean(1)
     assert shares == pytest.approx([1, 0.5, 0.25], abs=0.04)
+
+
+def output_of(flags: str, capsys, code: int | None = None) -> str:
+    """What a run prints; it ends with this exit code."""
+    try:
+        dagger.train(dagger.parse_args(flags.split()))
+    except SystemExit as exit_:
+        assert exit_.code == code
+    else:
+        assert code is None, "it was not refused"
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err and (code != 2 or printed.err.count("\n") == 1), printed.err
+    return printed.out + printed.err
+
+
+def test_experts_are_found_as_in_bc():
+    """What test_bc.py shows of them is so here, too."""
+    for name in ("Player", "load_policy", "load_sb3", "train_expert", "find_expert", "LabelledStates", "moments"):
+        assert inspect.getsource(getattr(dagger, name)) == inspect.getsource(getattr(bc, name))
+
+
+def test_refuses_models_of_other_libraries_and_normalised_observations(capsys):
+    RecurrentPPO("MlpLstmPolicy", "CartPole-v1", device="cpu").save("recurrent.zip")
+    refusal = output_of("--expert recurrent.zip", capsys, code=2)
+    assert "sb3_contrib" in refusal and "RecurrentActorCriticPolicy" in refusal
+    env = VecNormalize(make_vec_env("CartPole-v1", 1))
+    PPO("MlpPolicy", env, device="cpu").save("expert.zip")
+    env.save("vecnormalize.pkl")
+    assert "vecnormalize.pkl" in output_of("--expert expert.zip", capsys, code=2) and not Path("runs").exists()
+
+
+def test_the_experts_return_stands_beside_the_learners_and_says_whose(capsys):
+    flags = "--expert-timesteps 256 --total-timesteps 1 --epochs 1 --eval-episodes 2"  # one step is enough here
+    for trained in (True, False):
+        lines = output_of(flags, capsys).splitlines()
+        experts = [line for line in lines if line.startswith("the expert: ")]
+        assert len(experts) == 2 and "runs/experts/CartPole-v1__256__" in experts[0]
+        assert experts[0].endswith(", trained now") is trained
+        assert experts[1].endswith("over 2 episodes") and lines[lines.index(experts[1]) + 1].startswith("evaluation: ")
+    assert "trained now" in output_of(flags.replace("256", "257"), capsys)
+
+
+def test_refuses_actions_that_it_cannot_scale(capsys):
+    for name, space in {"half": Box(np.float32([0]), np.float32([np.inf])), "huge": Box(-3e38, 3e38, (1,))}.items():
+        env = {"entry_point": Still, "max_episode_steps": 10, "kwargs": {"space": space}}
+        gym.register(f"Dagger-{name}-v0", **env)
+        assert "bc.py" in output_of(f"--env-id Dagger-{name}-v0", capsys, code=2)
+
+
+def test_integer_actions_are_of_their_type(monkeypatch, capsys):
+    gym.register("Dagger-bytes-v0", Still, max_episode_steps=10, kwargs={"space": Box(-100, 100, (1,), np.int8)})
+    monkeypatch.setattr(dagger, "find_expert", lambda *_: lambda obs: (100 * obs.clip(-1, 1)[:, :1]).astype(np.int8))
+    flags = "--env-id Dagger-bytes-v0 --total-timesteps 100 --steps-per-iteration 40 --beta-decay 0.5 --epochs 2"
+    assert "evaluation" in output_of(flags, capsys)
+
+
+class Still(gym.Env):
+    """Nothing but a space of actions."""
+
+    observation_space = Box(-9, 9, (2,))
+
+    def __init__(self, space):
+        self.action_space = space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.normal(size=2).astype(np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action!r} is not in {self.action_space}"
+        return self.np_random.normal(size=2).astype(np.float32), 0.0, False, False, {}

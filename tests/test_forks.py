@@ -373,13 +373,14 @@ def test_multi_discrete_actions(tmp_path):
 
 
 RECURRENT = (
-    ("PPOBatch = namedtuple(\"PPOBatch\", \"states actions", "PPOBatch = namedtuple(\"PPOBatch\", \"hidden starts states actions"),
+    ("namedtuple(\"PPOBatch\", \"states actions", "namedtuple(\"PPOBatch\", \"hidden starts states actions"),
     ("agent.log_prob_and_entropy(batch.states, batch.actions)",
      "agent.log_prob_and_entropy(batch.states, batch.actions, batch.hidden, batch.starts)"),
     ("self.actor = mlp([inputs, *hidden_sizes, self.action_size], output_gain=0.01)",
      "self.memory = nn.GRUCell(inputs, hidden_sizes[0])\n"
      "        self.actor = mlp([hidden_sizes[0], *hidden_sizes[1:], self.action_size], output_gain=0.01)"),
-    ("    def act(self, obs: Tensor, noise: Tensor) -> Tensor:", "    def act(self, obs: Tensor, noise: Tensor, hidden: Tensor):"),
+    ("    def act(self, obs: Tensor, noise: Tensor) -> Tensor:",
+     "    def act(self, obs: Tensor, noise: Tensor, hidden: Tensor):"),
     ("        output = self.actor(self.encode(obs)) + noise\n"
      "        return output.argmax(-1) if self.discrete else output\n",
      "        hidden = self.memory(self.encode(obs), hidden)\n"
@@ -395,7 +396,8 @@ RECURRENT = (
      "    def log_prob_and_entropy(self, states, actions, hidden, starts) -> tuple[Tensor, Tensor]:"),
     ("        output = self.actor(states)\n", "        output = self.actor(self.unroll(states, hidden, starts))\n"),
     ("    def forward(self, obs: Tensor) -> Tensor:", "    def forward(self, obs: Tensor, hidden: Tensor):"),
-    ("        output = self.actor(self.encode(obs))\n", "        hidden = self.memory(self.encode(obs), hidden)\n        output = self.actor(hidden)\n"),
+    ("        output = self.actor(self.encode(obs))\n",
+     "        hidden = self.memory(self.encode(obs), hidden)\n        output = self.actor(hidden)\n"),
     ("return self.to_env(output.argmax(-1) if self.discrete else output)",
      "return self.to_env(output.argmax(-1) if self.discrete else output), hidden"),
     ("        while run.goes_on():\n",
@@ -406,7 +408,8 @@ RECURRENT = (
      "                hidden = hidden * ~torch.as_tensor(started, device=run.device).unsqueeze(-1)\n"
      "                starts.append(started)\n"
      "                actions, hidden = agent.act(torch.as_tensor(obs, device=run.device), noise, hidden)\n"),
-    ("                run.advance(envs)\n", "                run.advance(envs)\n                started = terminated | truncated\n"),
+    ("                run.advance(envs)\n",
+     "                run.advance(envs)\n                started = terminated | truncated\n"),
     ("                log_probs, _ = agent.log_prob_and_entropy(states, actions)\n",
      "                starts = torch.as_tensor(np.array(starts), device=run.device).T\n"
      "                inputs = states.transpose(0, 1), actions.transpose(0, 1)\n"
@@ -414,7 +417,8 @@ RECURRENT = (
     ("            batch = (x.flatten(0, 1) for x in (states, actions, log_probs, values, advantages, returns))\n",
      "            batch = (x.transpose(0, 1) for x in (states, actions, log_probs, values, advantages, returns))\n"
      "            batch = (first_hidden, starts, *batch)\n"),
-    ("        while np.isnan(playing).any():\n            obs, *_ = envs.step(policy(torch.as_tensor(obs, device=device)))\n",
+    ("        while np.isnan(playing).any():\n"
+     "            obs, *_ = envs.step(policy(torch.as_tensor(obs, device=device)))\n",
      "        hidden = torch.zeros(envs.num_envs, args.hidden_sizes[0], device=device)\n"
      "        while np.isnan(playing).any():\n"
      "            actions, hidden = policy(torch.as_tensor(obs, device=device), hidden)\n"
@@ -517,9 +521,10 @@ PRIORITISED = (
      "        self.priorities[: self.size] = state[\"priorities\"]\n"),
     ("discounts: Tensor | float, args: Args) -> dict[str, Tensor]:",
      "discounts: Tensor | float, args: Args, weights) -> dict[str, Tensor]:"),
-    ("    loss = F.smooth_l1_loss(q_values, targets) if args.loss == \"huber\" else 0.5 * F.mse_loss(q_values, targets)\n",
-     "    loss = (weights * F.smooth_l1_loss(q_values, targets, reduction=\"none\")).mean()\n"),
-    ("    return {\"td_loss\": loss.detach(),", "    return {\"td_errors\": (q_values - targets).detach().abs(), \"td_loss\": loss.detach(),"),
+    ("F.smooth_l1_loss(q_values, targets) if args.loss == \"huber\" else 0.5 * F.mse_loss(q_values, targets)",
+     "(weights * F.smooth_l1_loss(q_values, targets, reduction=\"none\")).mean()"),
+    ("    return {\"td_loss\": loss.detach(),",
+     "    return {\"td_errors\": (q_values - targets).detach().abs(), \"td_loss\": loss.detach(),"),
     ("                metrics.append(gradient_of(network, target, batch, discounts, args))\n"
      "                optimizer.step()\n",
      "                weights = buffer.priorities[rows].pow(-0.6 * 0.4)\n"
@@ -807,8 +812,8 @@ def a_replaced_parameter(adam):
 IDIOMS = (
     clipping, accumulation, zero_grad_of_the_optimizer, zero_grad_to_zeros, zero_grad_of_the_module, weight_decay,
     decoupled_decay, a_schedule, save_and_load, a_layer_initialised_anew, maximize, amsgrad, an_added_group, groups,
-    named_parameters, a_closure, create_graph, a_gradient_that_is_set, frozen_at_the_start_and_thawed, frozen_in_mid_run,
-    frozen_with_decay, two_losses_in_turn, a_replaced_parameter,
+    named_parameters, a_closure, create_graph, a_gradient_that_is_set, frozen_at_the_start_and_thawed,
+    frozen_in_mid_run, frozen_with_decay, two_losses_in_turn, a_replaced_parameter,
 )  # fmt: skip
 REFUSED = {
     groups, named_parameters, a_closure, frozen_at_the_start_and_thawed, frozen_in_mid_run, frozen_with_decay,

@@ -201,6 +201,7 @@ def test_the_reference_is_renewed_every_so_many_iterations_also_after_a_resume(m
     flags = [*TINY, *GROUPS, "--kl-coef", 0.1, "--reference-every", 3, "--learning-rate", 0.01]
     run_dir = train(grpo, *flags, "--num-minibatches", 2, "--update-epochs", 2)["run_dir"]
     train(grpo, "--resume", run_dir)
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["updates"] == len(kls)
     first = kls[::4]  # of the four gradient steps of each iteration
     assert len(first) == 8 and [abs(x["approx_kl"]) < 1e-6 for x in first] == [True] * 8
     assert [abs(x["reference_kl"]) < 1e-6 for x in first] == [i % 3 == 0 for i in range(8)]

@@ -76,15 +76,10 @@ def test_medium_precision_is_held_against_both_of_sb3s(monkeypatch):
 
 @pytest.mark.usefixtures("highest_precision_afterwards")
 def test_each_setting_is_measured_at_its_precision(monkeypatch):
-    seen = []
-
-    def precision_now(*_):
-        seen.append(torch.get_float32_matmul_precision())
-        return 1.0
-
-    for name in ("per_second", "matrix_flops_per_second"):
-        monkeypatch.setattr(throughput, name, precision_now)
-    monkeypatch.setattr(throughput, "flops_per_step", lambda *_: 1.0)
+    seen, set_precision = [], torch.set_float32_matmul_precision
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda x: seen.append(x) or set_precision(x))
+    for name in ("per_second", "matrix_flops_per_second", "flops_per_step"):
+        monkeypatch.setattr(throughput, name, lambda *_: 1.0)
     flags = "--env-id Pendulum-v1 --learning-starts 50 --hidden-sizes 8"
     settings = throughput.WORKS["td3 HalfCheetah"].settings
     assert settings == (*throughput.SETTINGS, *throughput.MEDIUM)
@@ -92,7 +87,8 @@ def test_each_setting_is_measured_at_its_precision(monkeypatch):
     for setting in ("eager medium", "sb3", "sb3 medium", "eager", "products"):
         throughput.measure(work, setting)
     throughput.measure(work._replace(settings=throughput.SETTINGS), "products")
-    assert seen == ["medium", "highest", "medium", "highest", "medium", "highest"]
+    ours = [["medium", "highest"], ["highest", "medium"]]  # a script puts back in the end what it found
+    assert seen == [*ours[0], "highest", "medium", *ours[1], "medium", "highest"]
     for setting in ("eager", "compile", *throughput.MEDIUM):
         assert throughput.arguments(work, setting, "").compile == setting.startswith("compile")
 
@@ -125,7 +121,7 @@ def test_what_was_measured_is_the_training(monkeypatch):
     """Evaluation and export are not part of it, and Run is as it was afterwards."""
     module = importlib.import_module("a2c")
     log = module.Run.log
-    monkeypatch.setattr(module, "evaluate", lambda *_: pytest.fail("evaluated"))
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
     args = module.parse_args("--total-timesteps 2000 --num-envs 2".split())
     boundaries = throughput.boundaries_ours("a2c", args)
     assert [step for step, _ in boundaries] == [1000, 2000]
