@@ -56,7 +56,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-Count = Annotated[int, (1, math.inf, "at least 1")]
+Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest and both in words, for check_args
 Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
 Fraction = Annotated[float, (0, 1, "from 0 to 1")]
 Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
@@ -522,7 +522,8 @@ class Envs:
             self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
             if self.lengths[i] == 1000 and getattr(env, "recording", False):
                 env.stop_recording()  # its frames are kept in memory
-        finite("reward", rewards), finite("observation", reached)
+        finite("reward", rewards)
+        finite("observation", reached)
         self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
         for i, *_ in self.episodes:
             obs = reached.copy() if obs is reached else obs
@@ -548,7 +549,8 @@ class Run(ExitStack):
     def __init__(self, args: Args):
         super().__init__()
         check_args(args)
-        self.args, self.step, self.updates, self.saved_step, self.longest_episode = args, 0, 0, 0, 0
+        self.args, self.step, self.saved_step, self.longest_episode = args, 0, 0, 0
+        self.updates = 0  # gradient steps, in files whose schedules count them
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
         if kind != "cpu" and not getattr(torch, kind).is_available():
             fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
@@ -568,7 +570,8 @@ class Run(ExitStack):
             for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
                 self.callback(signal.signal, number, signal.signal(number, stop))
         torch.set_num_threads(args.torch_threads)
-        random.seed(args.seed), np.random.seed(args.seed)  # not drawn from here: a checkpoint has PyTorch's state alone
+        random.seed(args.seed)
+        np.random.seed(args.seed)  # for environments that draw from these two; a checkpoint has PyTorch's state alone
         torch.manual_seed(args.seed)
 
     def compile_backward(self) -> None:
@@ -593,7 +596,8 @@ class Run(ExitStack):
         self.dir = Path(args.resume) if args.resume else self.new_dir()
         self.monitor = self.enter_context(open(self.dir / "monitor.csv", "a", buffering=1, newline=""))
         try:
-            getattr(os, "lockf", max)(self.monitor.fileno(), getattr(os, "F_TLOCK", 0), 0)  # Windows has no such lock
+            if hasattr(os, "lockf"):  # Windows has no such lock
+                os.lockf(self.monitor.fileno(), os.F_TLOCK, 0)
         except OSError:
             fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
@@ -615,9 +619,10 @@ class Run(ExitStack):
         if not args.resume:
             self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
-        settings = {name: value == getattr(args, name) for name, value in RECOMMENDED.get(args.env_id, {}).items()}
-        texts = {yes: [f"{x}={getattr(args, x)}" for x in settings if settings[x] is yes] for yes in (True, False)}
-        print(f"recommended settings taken: {' '.join(texts[True])}; overridden: {' '.join(texts[False])}", flush=True)
+        recommended, given = RECOMMENDED.get(args.env_id, {}), asdict(args)
+        taken = " ".join(f"{name}={given[name]}" for name in recommended if given[name] == recommended[name])
+        other = " ".join(f"{name}={given[name]}" for name in recommended if given[name] != recommended[name])
+        print(f"recommended settings taken: {taken or 'none'}; overridden: {other or 'none'}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
         self.callback(self.bar.close)
 
