@@ -74,9 +74,7 @@ class Args:
     # run
     seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
     total_timesteps: Count = 10_000  # the expert's environment steps to learn from
-    device: Literal["auto", "cpu", "cuda", "mps"] = (
-        "auto"  # where policy and data live; auto takes CUDA when there is one
-    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where policy and data live; auto prefers CUDA
     torch_threads: Count = 1  # CPU threads for PyTorch; one is fastest for networks this small
     compile: bool = False  # compile loss and gradient with torch.compile: pays in runs of several minutes
     output_dir: str = "runs"  # folder that run directories are made in, and experts/
@@ -94,9 +92,7 @@ class Args:
     expert: str | None = None  # policy.pt2 of a script here, or a model of Stable-Baselines3 (.zip); None trains one
     dataset: str | None = None  # Minari dataset to learn from instead, by its id (downloaded if missing) or its path
     num_demonstrations: Count | None = None  # episodes to learn from, where --total-timesteps gives more
-    noise: NotNegative = (
-        0.0  # disturbs the expert: probability of a random action, or deviation in half ranges of a Box
-    )
+    noise: NotNegative = 0.0  # disturbs the expert: share of random actions, or deviation in half ranges of a Box
     expert_timesteps: Count = 100_000  # environment steps that an expert is trained for
 
     # algorithm

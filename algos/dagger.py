@@ -73,9 +73,7 @@ class Args:
     # run
     seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
     total_timesteps: Count = 10_000  # environment steps, each of which costs a label
-    device: Literal["auto", "cpu", "cuda", "mps"] = (
-        "auto"  # where policy and data live; auto takes CUDA when there is one
-    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where policy and data live; auto prefers CUDA
     torch_threads: Count = 1  # CPU threads for PyTorch; one is fastest for networks this small
     compile: bool = False  # compile loss and gradient with torch.compile: pays in runs of several minutes
     output_dir: str = "runs"  # folder that run directories are made in, and experts/

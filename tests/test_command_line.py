@@ -100,7 +100,7 @@ TINY = {
             ("--env-id Pendulum-v1", "--expert"),  # its actions are no numbers within bounds
             ("--holdout 1", "--holdout"),
         ),
-        refitted=("/policy/", "/optimizer/", "/counter/", "/rng/"),
+        refitted=("/policy/", "/optimizer/", "/counter/", "/rng"),
     ),
 }
 
@@ -904,9 +904,10 @@ def test_updates_of_two_processes_on_half_the_data_are_those_of_one_on_all():
 def test_compile_changes_no_result(algo):
     """Random draws within a compiled gradient, dropout for instance, would be others."""
     torch._dynamo.reset()  # its limit on compilations is per process
-    total = 256 if algo != "sac" else 1200
+    total = 480 if algo == "sac" else 256  # an episode in each environment
     eager, compiled = (train(algo, f"--total-timesteps {total} {flag}") for flag in ("", "--compile"))
-    assert (episodes(eager)[:, :2] == episodes(compiled)[:, :2]).all()
+    np.testing.assert_allclose(episodes(eager)[:, :2], episodes(compiled)[:, :2], rtol=1e-4)
+    assert len(episodes(eager)) > 1
     a, b = tensors(eager), tensors(compiled)
     for name in a.keys() & b.keys():
         torch.testing.assert_close(
