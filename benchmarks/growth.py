@@ -9,6 +9,7 @@ is what a process holds more of, once SAC's replay buffer for HalfCheetah has be
 once. Each measurement is a row of results/growth.csv; on another machine all are taken anew.
 """
 
+import ctypes
 import importlib
 import multiprocessing
 import os
@@ -90,6 +91,7 @@ def buffer_bytes(size: int, setting: str) -> int:
         return buffer
 
     kept = full_buffer(100)  # what the first one takes once and for all
+    ctypes.CDLL(None).malloc_trim(0)  # memory that imports left free would be used first, and not counted
     before = resident_bytes()
     kept = kept, full_buffer(size)
     return resident_bytes() - before
