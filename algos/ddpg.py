@@ -305,14 +305,21 @@ class FlatAdam(torch.optim.Adam):
         for p in self.parameters:
             p.grad = None
 
+    @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step down the parameters' .grad."""
+        """One step down the parameters' .grad: torch.optim.Adam's kernel, with little of the Python around it."""
         if closure or any(p.grad is None or p.data_ptr() != x for p, x in zip(self.parameters, self.pointers)):
             raise RuntimeError("FlatAdam: a parameter has no gradient, or new memory: take torch.optim.Adam instead")
         group, vector = self.param_groups[0], self.param_groups[0]["params"][0]
-        vector.grad = torch.cat([p.grad.detach().flatten() for p in self.parameters])
-        group["capturable"] = vector.is_cuda and torch.cuda.is_current_stream_capturing()  # in a CUDA graph
-        super().step()
+        vector.grad = torch.cat([p.grad.flatten() for p in self.parameters])
+        state, unusual = self.state[vector], len(self.param_groups) > 1 or group["decoupled_weight_decay"]
+        if vector.is_cuda or not state or unusual or group["amsgrad"]:
+            group["capturable"] = vector.is_cuda and torch.cuda.is_current_stream_capturing()  # in a CUDA graph
+            return super().step()
+        state["step"] += 1
+        tensors = [vector], [vector.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]
+        settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
+        torch._fused_adam_(*tensors, beta1=group["betas"][0], beta2=group["betas"][1], **settings)
 
 
 # Training ---------------------------------------------------------------------------------------------------

@@ -29,20 +29,20 @@ SECTION = re.compile(r"# (\w[^\n]*?) -{3,}$")
 DOCSTRING, PLUMBING, REST = 30, 230, 360
 REST_OF = {"ppo": 380, "ppo_atari": 380, "trpo": 450, "kfac": 450, "bc": 450, "mbpo": 700}
 KNOWN = {
-    "a2c": (318, 410),
-    "bc": (318, 617),
-    "dagger": (318, 430),
-    "ddpg": (316, 394),
-    "dqn": (318, 413),
+    "a2c": (318, 417),
+    "bc": (318, 624),
+    "dagger": (318, 437),
+    "ddpg": (316, 401),
+    "dqn": (318, 420),
     "dqn_atari": (318, 458),
-    "grpo": (318, 433),
+    "grpo": (318, 440),
     "kfac": (318, 463),
-    "mbpo": (318, 796),
-    "ppo": (316, 508),
+    "mbpo": (318, 803),
+    "ppo": (316, 515),
     "ppo_atari": (316, 445),
-    "reinforce": (318, 424),
-    "sac": (316, 450),
-    "td3": (316, 415),
+    "reinforce": (318, 431),
+    "sac": (316, 457),
+    "td3": (316, 422),
     "trpo": (318, 451),
 }
 """Files that are longer, by name: lines of plumbing and of the rest that tests/test_conventions.py lets them have."""
