@@ -507,7 +507,11 @@ def test_a_change_that_leaves_every_episode_as_it_was_is_confirmed_by_one_seed(c
     assert set(measured.code_sha256) == {first}
     assert run.confirm(cells, args) == 0 and not (copy / "work" / "confirm").exists(), "nothing has changed"
 
-    edit(copy / "algos" / "a2c.py", "logged_step = run.step\n", "logged_step = run.step + 0\n")
+    edit(
+        copy / "algos" / "a2c.py",
+        "if run.step - logged_step >= LOG_EVERY",
+        "if run.step - logged_step + 0 >= LOG_EVERY",
+    )
     files = {path.name: path.read_bytes() for path in episodes.iterdir()}
     assert run.confirm(cells, args) == 0
     confirmed = run.read_runs(args.results)
@@ -516,7 +520,7 @@ def test_a_change_that_leaves_every_episode_as_it_was_is_confirmed_by_one_seed(c
     assert {path.name: path.read_bytes() for path in episodes.iterdir()} == files
     assert len(list((copy / "work" / "confirm").glob("ours__*"))) == 1, "one seed is enough"
 
-    edit(copy / "algos" / "a2c.py", "logged_step = run.step + 0\n", "logged_step = run.step - 0\n")
+    edit(copy / "algos" / "a2c.py", "logged_step + 0 >= LOG_EVERY", "logged_step - 0 >= LOG_EVERY")
     with monkeypatch.context() as patch:
         patch.setattr(run, "run", lambda *_: 1)  # today's code fails; what an older confirmation left is no evidence
         assert run.confirm(cells, args) == 1 and run.read_runs(args.results).equals(confirmed)

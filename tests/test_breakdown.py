@@ -27,7 +27,7 @@ OPTIMISER = {"FlatAdam.step", "FlatAdam.zero_grad"}
 REPLAY = {"Envs.step", *OPTIMISER, "ReplayBuffer.add", "ReplayBuffer.draw_rows", "ReplayBuffer.get", "polyak_update"}
 CLOCKED = {
     "ppo": {"Envs.step", *OPTIMISER, "ppo_gradient"},
-    "a2c": {"Envs.step", "a2c_gradient"},
+    "a2c": {"Envs.step", *OPTIMISER, "a2c_gradient"},
     "trpo": {"Envs.step", "trust_region_step", "line_search", "critic_gradient"},
     "dqn": REPLAY | {"dqn_gradient"},
     **{x: REPLAY | {f"{x}_critic_gradient", f"{x}_actor_gradient"} for x in ("ddpg", "td3", "sac")},

@@ -447,7 +447,7 @@ class Recall(gym.Env):
         return self.observe(), float(self.t == 4 and action == self.bit), self.t == 4, False, {}
 
 
-gym.register("Recall-v0", Recall, max_episode_steps=10)
+gym.register("RecallBit-v0", Recall, max_episode_steps=10)
 
 
 def test_a_recurrent_policy(tmp_path):
@@ -462,14 +462,14 @@ def test_a_recurrent_policy(tmp_path):
         first.append(result[1]["approx_kl"].item())
         return result
 
-    flags = f"{SIZES} --env-id Recall-v0 --num-envs 8 --num-steps 30 --num-minibatches 2 --learning-rate 5e-3"
+    flags = f"{SIZES} --env-id RecallBit-v0 --num-envs 8 --num-steps 30 --num-minibatches 2 --learning-rate 5e-3"
     flags += " --total-timesteps 14400 --eval-episodes 20 --gae-lambda 1 --ent-coef 0.003"
     with patch.object(module, "ppo_loss", recording_loss):
         seen = train(module, flags)
     assert max(abs(x) for x in first[::8]) < 1e-5, "the policy that acted is not the one that learns"
     assert seen.result["returns"].mean() == 1, "it does not remember"
     policy = torch.export.load(seen.result["run_dir"] / "policy.pt2").module()
-    env, returns = gym.make("Recall-v0"), []
+    env, returns = gym.make("RecallBit-v0"), []
     for seed in range(10):
         (obs, _), hidden, end = env.reset(seed=seed), torch.zeros(1, 16), False
         while not end:
