@@ -99,7 +99,7 @@ def test_a_termination_is_not_bootstrapped_by_q_functions(algo):
 
 @each_algo
 def test_learns_cartpole(algo):
-    """Untrained it stays up for 10 to 20 steps. TRPO's seed is at 142 by then on one processor and above 300 on another."""
+    """Untrained it stays up for 10 to 20 steps. TRPO's seed is at 142 on one processor and above 300 on another."""
     result = train(algo, "--total-timesteps", 25_000)
     assert result["returns"].mean() > (100 if algo is trpo else 300)
 
