@@ -27,7 +27,6 @@ reinforce.py's mean baseline times (G−1)/G times episodes/steps (tests/test_gr
     python algos/grpo.py --no-std-normalisation   # Dr. GRPO's advantages
 """
 
-import argparse
 import copy
 import errno
 import hashlib
@@ -43,7 +42,7 @@ import sys
 import threading
 import time
 from collections import deque, namedtuple
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -59,7 +58,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest and both in words, for check_args
+Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest, in words: Run checks them
 Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
 Fraction = Annotated[float, (0, 1, "from 0 to 1")]
 Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
@@ -86,7 +85,7 @@ class Args:
     normalize_observations: bool = False  # normalise Box observations by running mean and deviation, clipped to ±10
 
     # algorithm
-    group_size: Count = 8  # episodes G from the same initial state; where G changes, --num-envs and --groups follow
+    group_size: Annotated[int, (2, math.inf, "at least 2")] = 8  # episodes G from one state; --num-envs is a multiple
     groups: Count = 1  # groups per iteration; groups × G episodes are played --num-envs at a time
     std_normalisation: bool = True  # divide advantages by the group's deviation; off: as in Dr. GRPO
     reward_to_go: bool = False  # compare what followed each action with the group's at that time, not whole returns
@@ -106,8 +105,6 @@ class Args:
 # fmt: off
 MUJOCO = dict(total_timesteps=1_000_000, learning_rate=1e-3, normalize_observations=True, reward_to_go=True)
 RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit flag wins
-    "CartPole-v1": dict(),
-    "Acrobot-v1": dict(),
     "Pendulum-v1": dict(update_epochs=4, learning_rate=1e-2, gamma=0.9, reward_to_go=True),
     **{f"{name}-v5": MUJOCO for name in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "InvertedPendulum")},
     "Swimmer-v5": MUJOCO | dict(gamma=0.9999),
@@ -158,20 +155,6 @@ def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
     return nn.Sequential(*layers, orthogonal_linear(sizes[-2], sizes[-1], output_gain))
 
 
-class ToBox(nn.Module):
-    """Actions (…, A) → what a Box takes: within its bounds, rounded where it holds integers, in its dtype."""
-
-    def __init__(self, space: Box):
-        super().__init__()
-        self.dtype, exact = torch.as_tensor(space.low).dtype, np.float32 if space.dtype == np.float32 else np.float64
-        self.register_buffer("bounds", torch.as_tensor(np.stack([space.low, space.high]).astype(exact)))
-
-    def forward(self, actions: Tensor) -> Tensor:
-        """(…, A), of any float type."""
-        actions = actions.clamp(*self.bounds)
-        return (actions if self.dtype.is_floating_point else actions.round()).to(self.dtype)
-
-
 class Policy(nn.Module):
     """Policy π(a|s).
 
@@ -191,7 +174,7 @@ class Policy(nn.Module):
         self.actor = mlp([self.state_size, *hidden_sizes, self.action_size], output_gain=0.01)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((self.action_size,), log_std_init))
-            self.to_box = ToBox(action_space)
+            self.register_buffer("bounds", torch.as_tensor(np.stack([action_space.low, action_space.high])))
 
     def encode(self, obs: Tensor) -> Tensor:
         """Observations → states: one-hot for a Discrete space, normalised by the running statistics if asked for."""
@@ -224,7 +207,7 @@ class Policy(nn.Module):
 
     def to_env(self, actions: Tensor) -> Tensor:
         """What the environment takes: indices moved to the space's start, Box actions clipped to its bounds."""
-        return actions + int(self.action_space.start) if self.discrete else self.to_box(actions)
+        return actions + int(self.action_space.start) if self.discrete else actions.clamp(*self.bounds)
 
     def forward(self, obs: Tensor) -> Tensor:
         """The most likely action."""
@@ -251,10 +234,8 @@ def group_advantages(returns: Tensor, group_size: int, std_normalisation: bool) 
     """
     groups = returns.unflatten(1, (-1, group_size))
     groups = groups - groups[..., :1]  # exactly 0 where all are equal: no rounding error to be divided by itself
-    advantages = groups - groups.mean(-1, keepdim=True)
-    if std_normalisation:
-        advantages = advantages / (groups.std(-1, correction=0, keepdim=True) + 1e-8)
-    return advantages.flatten(1)
+    scale = groups.std(-1, correction=0, keepdim=True) + 1e-8 if std_normalisation else 1
+    return ((groups - groups.mean(-1, keepdim=True)) / scale).flatten(1)
 
 
 EPISODE_LIMIT = 100_000
@@ -271,12 +252,11 @@ def play_episodes(policy: Policy, envs, seeds: list[int]) -> Episodes:
     """
     device, num_envs = next(policy.parameters()).device, envs.num_envs
     obs = finite("observation", np.array([env.reset(seed=x)[0] for env, x in zip(envs.envs, seeds)], envs.dtype))
-    envs.returns, envs.lengths, running = [0.0] * num_envs, [0] * num_envs, np.ones(num_envs, bool)
+    envs.returns, envs.lengths, running = np.zeros(num_envs), np.zeros(num_envs, int), np.ones(num_envs, bool)
     final_obs, truncated, steps, ends = obs.copy(), ~running, [], []
     while running.any():
         if len(steps) == EPISODE_LIMIT:
-            fail(f"""no end of an episode after {EPISODE_LIMIT} steps: give the environment a time limit (gymnasium's
-                TimeLimit wrapper, max_episode_steps where it is registered), or use ppo.py""")
+            fail(f"no end of an episode after {EPISODE_LIMIT} steps: register a time limit, or use ppo.py")
         actions = policy.act(torch.as_tensor(obs, device=device), policy.draw_noise(num_envs))
         next_obs, reached, rewards, terminated, time_limit = envs.step(policy.to_env(actions))
         steps.append((obs, actions.numpy(force=True), rewards * running, running))
@@ -293,8 +273,7 @@ def check_same_start(args: Args) -> None:
     first, *others = (np.copy(env.reset(seed=args.seed)[0]) for _ in range(10))
     env.close()
     if not all(np.array_equal(first, other) for other in others):
-        fail(f"""{args.env_id}: its reset ignores the seed, so that no group could start from one state; let it draw
-            from self.np_random after super().reset(seed=seed), or use reinforce.py""")
+        fail(f"{args.env_id}: its reset ignores the seed, and no group can start from one state: use reinforce.py")
 
 
 # The steps of an iteration's episodes, or a minibatch of them; first dimension B. States are encoded observations.
@@ -312,10 +291,9 @@ def grpo_gradient(policy: nn.Module, batch: GRPOBatch, args: Args) -> dict[str, 
     policy_loss = -torch.min(ratio * batch.advantages, ratio.clamp(1 - clip, 1 + clip) * batch.advantages).mean()
     reference_kl, entropy = (log_q.exp() - 1 - log_q).mean(), entropies.mean()
     (policy_loss + args.kl_coef * reference_kl - args.ent_coef * entropy).backward()
-    metrics = dict(policy_loss=policy_loss, entropy=entropy, reference_kl=reference_kl)
-    metrics["approx_kl"] = (ratio - 1 - log_ratio).mean()
-    metrics["clipfrac"] = ((ratio - 1).abs() > clip).float().mean()
-    return {name: x.detach() for name, x in metrics.items()}
+    approx_kl, clipfrac = (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > clip).float().mean()
+    metrics = dict(policy_loss=policy_loss, entropy=entropy, reference_kl=reference_kl, approx_kl=approx_kl)
+    return {name: x.detach() for name, x in metrics.items()} | {"clipfrac": clipfrac}
 
 
 def shuffled_parts(batch: tuple, epochs: int, parts: int) -> Iterator[tuple]:
@@ -325,58 +303,6 @@ def shuffled_parts(batch: tuple, epochs: int, parts: int) -> Iterator[tuple]:
         yield from map(type(batch), *(x[order].tensor_split(parts) for x in batch))
 
 
-class FlatAdam(torch.optim.Adam):
-    """torch.optim.Adam on all parameters as one vector, of which they become views: the same numbers, a tenth faster.
-
-    Gradients stay ordinary tensors, which `step` gathers. What it cannot do right it refuses.
-    """
-
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, **settings):
-        self.parameters = list(params)
-        kinds = {(p.dtype, p.device) if isinstance(p, Tensor) else None for p in self.parameters}
-        if len(kinds) > 1 or None in kinds:
-            raise TypeError("FlatAdam takes parameters of one group, type and device: take torch.optim.Adam instead")
-        vector = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
-        for p, view in zip(self.parameters, vector.data.split([p.numel() for p in self.parameters])):
-            p.data = view.view_as(p)
-        self.pointers = [p.data_ptr() for p in self.parameters]
-        super().__init__([vector], lr, fused=True, **settings)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the parameters' gradients."""
-        super().zero_grad()  # of groups that were added
-        for p in self.parameters:
-            p.grad = None
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step down the parameters' .grad: torch.optim.Adam's kernel, with little of the Python around it."""
-        if closure or any(p.grad is None or p.data_ptr() != x for p, x in zip(self.parameters, self.pointers)):
-            raise RuntimeError("FlatAdam: a parameter has no gradient, or new memory: take torch.optim.Adam instead")
-        group, vector = self.param_groups[0], self.param_groups[0]["params"][0]
-        vector.grad = torch.cat([p.grad.flatten() for p in self.parameters])
-        state, unusual = self.state[vector], len(self.param_groups) > 1 or group["decoupled_weight_decay"]
-        if vector.is_cuda or not state or unusual or group["amsgrad"]:
-            group["capturable"] = vector.is_cuda and torch.cuda.is_current_stream_capturing()  # in a CUDA graph
-            return super().step()
-        state["step"] += 1
-        tensors = [vector], [vector.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]
-        settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
-        torch._fused_adam_(*tensors, beta1=group["betas"][0], beta2=group["betas"][1], **settings)
-
-
-def anneal(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets the learning rate of each of its groups to `factor` times the one that it began with."""
-    for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, the backward pass in the function included; on CUDA as CUDA graphs, whose results are copied."""
-    graphs = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
-    return lambda *inputs: {name: x.clone() for name, x in graphs(*inputs).items()}
-
-
 # Training ---------------------------------------------------------------------------------------------------
 
 
@@ -384,11 +310,8 @@ def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
     with Run(args) as run:
         G, num_episodes = args.group_size, args.groups * args.group_size
-        if G == 1:
-            fail("--group-size 1 has nothing to compare with; it must be at least 2")
         if args.num_envs % G or num_episodes % args.num_envs:
-            fail(f"""--num-envs {args.num_envs} must be a multiple of --group-size {G}, and divide
-                --groups × --group-size = {num_episodes}""")
+            fail(f"--num-envs {args.num_envs} must be a multiple of --group-size {G} and divide --groups × it")
         if args.num_minibatches > num_episodes:
             fail(f"--num-minibatches {args.num_minibatches} must be at most --groups × --group-size = {num_episodes}")
         envs = Envs(args, args.num_envs, (Discrete, Box))
@@ -397,12 +320,14 @@ def train(args: Args) -> dict:
         policy = Policy(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(run.device)
         reference = copy.deepcopy(policy)
         reference_steps = args.reference_every * args.update_epochs * args.num_minibatches  # from one to the next
-        optimizer = FlatAdam(policy.parameters(), args.learning_rate, eps=1e-5)
-        gradient_of = compiled(grpo_gradient, run.device) if args.compile else grpo_gradient
+        optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, eps=1e-5, fused=True)
+        gradient_of = torch.compile(grpo_gradient) if args.compile else grpo_gradient
         run.start(envs, policy=policy, reference=reference, optimizer=optimizer)  # all that a checkpoint holds
 
         while run.goes_on():
-            anneal(optimizer, 1 - run.step / args.total_timesteps if args.anneal_lr else 1)
+            for group in optimizer.param_groups:
+                remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * remaining
             if run.updates % reference_steps == 0:
                 reference.load_state_dict(policy.state_dict())
 
@@ -414,9 +339,8 @@ def train(args: Args) -> dict:
                 run.step += int(episodes.running.sum()) - args.num_envs  # `advance` counts one step of each environment
                 run.advance(envs)
                 returns = returns_to_go(episodes.rewards, args.gamma)
-                compared = returns if args.reward_to_go else returns[:1]
-                advantages = group_advantages(compared, G, args.std_normalisation).expand_as(returns)
-                steps = (episodes.observations, episodes.actions, advantages, returns)
+                advantages = group_advantages(returns if args.reward_to_go else returns[:1], G, args.std_normalisation)
+                steps = (episodes.observations, episodes.actions, advantages.expand_as(returns), returns)
                 played.append([x[episodes.running] for x in steps])
             observations, actions, advantages, returns = (torch.cat(x) for x in zip(*played))
 
@@ -433,8 +357,7 @@ def train(args: Args) -> dict:
                 run.updates += 1
             if policy.observation_statistics is not None:
                 policy.observation_statistics.update(observations)
-            metrics.append({"returns": returns.mean()})
-            run.log(metrics, learning_rate=optimizer.param_groups[0]["lr"])
+            run.log([*metrics, {"returns": returns.mean()}], learning_rate=optimizer.param_groups[0]["lr"])
         return run.finish(policy)
 
 
@@ -449,42 +372,31 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
     for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
         stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--env-id", "--env_id", default=Args.env_id)
-    early.add_argument("--resume")
-    known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
-    if known.resume:
-        defaults = load_checkpoint(known.resume)["args"]
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    defaults = replace(Args(), **{"env_id": given.env_id} | RECOMMENDED.get(given.env_id, {}))
+    if given.resume:
+        defaults = load_checkpoint(given.resume)["args"]
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
-    args = tyro.cli(Args, default=defaults, args=argv, description=description)
-    if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
-        fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
-    return args
-
-
-def check_args(args: Args) -> None:
-    """Refuses a value outside the range that its type in Args names."""
-    for name, hint in get_type_hints(Args, include_extras=True).items():
-        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
-        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
-            if not all(x is None or low <= x <= high for x in values):
-                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
+    return tyro.cli(Args, default=defaults, args=argv, description=f"Settings taken with --env-id alone:\n\n{table}")
 
 
 def load_checkpoint(folder: str, **modules) -> dict:
     """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
-    try:
-        mmap = sys.platform != "win32"  # there a file that optimisers still read from could not be replaced
-        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=mmap)
-        if state["algo"] != ALGO:
-            raise ValueError(f"it is {state['algo']}.py's")
-        state["args"] = Args(**state["args"])
+    try:  # without mmap on Windows, where a file that optimisers still read from could not be replaced
+        state = torch.load(Path(folder, "checkpoint.pt"), "cpu", weights_only=True, mmap=sys.platform != "win32")
+        state["args"] = {ALGO: Args}[state["algo"]](**state["args"])  # a KeyError names the script that it is of
         for name, module in modules.items():
             module.load_state_dict(state[name])
     except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
@@ -495,10 +407,9 @@ def load_checkpoint(folder: str, **modules) -> dict:
 def make_env(args: Args, **kwargs) -> gym.Env:
     """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
     try:
-        env = gym.make(args.env_id, **kwargs)
+        env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {}, **kwargs)
     except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
-        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
-        hint = "--capture-video needs it to render" if "render_mode" in kwargs else hint
+        hint = "kwargs go into gym.register; ppo_atari.py and dqn_atari.py play Atari; --capture-video needs rgb_array"
         fail(f"--env-id {args.env_id}: {error} ({hint})")
     plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
     return env if plain else gym.wrappers.FlattenObservation(env)
@@ -511,27 +422,26 @@ class Envs:
     """
 
     def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
-        kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
-        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
-        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
-        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        self.envs, self.num_envs = [make_env(args, **kwargs) for _ in range(num_envs)], num_envs
+        self.observation_space, space = self.envs[0].observation_space, self.envs[0].action_space
+        self.action_space, self.time_limit = space, self.envs[0].spec.max_episode_steps
         index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
         self.dtype = np.int64 if index else np.uint8 if image else np.float32
         self.episodes = []  # (environment, return, length) of those that ended in the last step
         if len(self.observation_space.shape) == 3:
             fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
-        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
-            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
-            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
-            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+        odd = isinstance(space, Box) and space.dtype.kind != "f" or len(space.shape or ()) > 1
+        if odd or not isinstance(space, action_spaces):
+            takes = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box; a Box is to be a vector of floats"
+            fail(f"{args.env_id} has the actions {space}; {ALGO}.py cannot take them ({takes})")
 
-    def film(self, args: Args, folder: str, name: str) -> None:
-        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
-        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], folder, name_prefix=name)
+    def film(self, folder: Path, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, and on from there to 1000 images at most."""
+        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], str(folder), name_prefix=name, video_length=1000)
 
     def reset(self, seed: int) -> np.ndarray:
         """First observations (N, …); environment i is seeded with seed + i."""
-        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
 
     def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
@@ -539,21 +449,17 @@ class Envs:
 
         The two observations differ where an episode ended: it reached its final one, and the next one has begun.
         """
-        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
-        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        reached = np.empty((self.num_envs, *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(self.num_envs), np.empty((2, self.num_envs), bool)
         for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
-            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
-            rewards[i] = reward = float(reward)
-            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
-            if self.lengths[i] == 1000 and getattr(env, "recording", False):
-                env.stop_recording()  # its frames are kept in memory
-        finite("reward", rewards)
-        finite("observation", reached)
-        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
-        for i, *_ in self.episodes:
-            obs = reached.copy() if obs is reached else obs
-            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
-        return obs, reached, rewards, terminated, truncated
+            reached[i], rewards[i], terminated[i], truncated[i], _ = env.step(action)
+        self.returns, self.lengths = self.returns + finite("reward", rewards), self.lengths + 1
+        ended = np.flatnonzero(terminated | truncated)
+        self.episodes = [(i, float(self.returns[i]), int(self.lengths[i])) for i in ended]
+        obs = reached.copy() if len(ended) else reached
+        for i in ended:
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0, 0
+        return obs, finite("observation", reached), rewards.astype(np.float32), terminated, truncated
 
     def close(self) -> None:
         """Closes them all."""
@@ -561,31 +467,31 @@ class Envs:
             env.close()
 
 
-def finite(name: str, numbers: np.ndarray) -> np.ndarray:
-    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
-    if not np.isfinite(numbers).all():
-        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
-    return numbers
-
-
 class Run(ExitStack):
     """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
 
     def __init__(self, args: Args):
         super().__init__()
-        check_args(args)
-        self.args, self.step, self.saved_step, self.longest_episode = args, 0, 0, 0
-        self.updates = 0  # gradient steps, in files whose schedules count them
-        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        if kind != "cpu" and not getattr(torch, kind).is_available():
-            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        for name, hint in get_type_hints(Args, include_extras=True).items():
+            values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+            for low, high, text in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+                if not all(x is None or low <= x <= high for x in values):
+                    fail(f"--{name.replace('_', '-')} {value} must be {text}")
         if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
-        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.args, self.dir, self.recent_returns, self.stopped = args, Path(os.devnull), deque(maxlen=100), False
+        self.step = self.updates = self.longest_episode = self.saved_step = 0  # updates: gradient steps
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(best if args.device == "auto" else args.device)
+        if self.device.type != "cpu" and not getattr(torch, self.device.type).is_available():
+            fail(f"--device {args.device}: PyTorch {torch.__version__} finds no such device here; use --device auto")
         self.callback(torch.set_num_threads, torch.get_num_threads())
         self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         if args.compile:
-            self.compile_backward()
+            if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+                fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+            if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # takes loss.backward() into the graph
+                self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
 
         def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
             self.stopped = True
@@ -595,21 +501,16 @@ class Run(ExitStack):
             for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
                 self.callback(signal.signal, number, signal.signal(number, stop))
         torch.set_num_threads(args.torch_threads)
-        random.seed(args.seed)
-        np.random.seed(args.seed)  # for environments that draw from these two; a checkpoint has PyTorch's state alone
-        torch.manual_seed(args.seed)
-
-    def compile_backward(self) -> None:
-        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
-        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
-            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
-        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
-            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # the first two for environments that use them
+            seed(args.seed)
 
     def __exit__(self, kind, error, trace) -> bool:
         super().__exit__(kind, error, trace)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        unfinished = self.dir / "checkpoint.tmp"
+        full = unfinished.exists() or getattr(error, "errno", None) == errno.ENOSPC
+        if full and isinstance(error, OSError | RuntimeError):
+            unfinished.unlink(missing_ok=True)
+            fail(f"{error}; is the disk full? The checkpoint of step {self.saved_step} stays", code=1)
         if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return isinstance(error, BrokenPipeError)
@@ -627,40 +528,40 @@ class Run(ExitStack):
             fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
             state = load_checkpoint(args.resume, **modules)
+            if replace(state["args"], resume=args.resume, total_timesteps=args.total_timesteps) != args:
+                fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
             self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
             self.saved_step = self.step
             torch.set_rng_state(state["rng"])
             torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         self.start_time = time.time() - state["seconds"]
         self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
-        about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
-        about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
+        versions = {"python": sys.version.split()[0]} | {x.__name__: x.__version__ for x in (torch, gym, np)}
+        about = {"algo": ALGO, "args": asdict(replace(args, resume=None)), "versions": versions}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
         if args.capture_video:
-            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
+            envs.film(self.dir / "videos", f"from-step-{self.step}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
         self.callback(self.writer.close)
         if not args.resume:
             self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
         recommended, given = RECOMMENDED.get(args.env_id, {}), asdict(args)
-        taken = " ".join(f"{name}={given[name]}" for name in recommended if given[name] == recommended[name])
-        other = " ".join(f"{name}={given[name]}" for name in recommended if given[name] != recommended[name])
-        print(f"recommended settings taken: {taken or 'none'}; overridden: {other or 'none'}", flush=True)
+        words = (f"{x}={given[x]}" + f" (not {value})" * (given[x] != value) for x, value in recommended.items())
+        print(f"recommended settings: {' '.join(words) or 'none'}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
         self.callback(self.bar.close)
 
     def new_dir(self) -> Path:
         """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
-        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        env_id = re.sub(r"[^\w.=-]+", "-", self.args.env_id)  # Windows refuses colons, for instance
+        path = Path(self.args.output_dir).expanduser() / f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+            for name in itertools.chain([path], (f"{path}_{n}" for n in itertools.count(1))):
                 with suppress(FileExistsError):
-                    path.mkdir()
-                    return path
+                    os.makedirs(name)
+                    return Path(name)
         except OSError as error:
             fail(f"--output-dir {self.args.output_dir}: {error}")
 
@@ -676,16 +577,12 @@ class Run(ExitStack):
         if not all(x.isfinite().all() for network in networks for x in network.parameters()):
             fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
         state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
-        try:
-            torch.save(state, self.dir / "checkpoint.tmp")
-            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
-        except (OSError, RuntimeError) as error:
-            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
-            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None)), "rng": torch.get_rng_state()}
+        state |= {"seconds": time.time() - self.start_time, "cuda_rng": torch.cuda.get_rng_state_all()}
+        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
+        torch.save(state, self.dir / "checkpoint.tmp")
+        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
         self.saved_step = self.step
 
     def advance(self, envs) -> None:
@@ -700,14 +597,14 @@ class Run(ExitStack):
 
     def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
         """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
-        names = dict.fromkeys(itertools.chain(*metrics))
-        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
-        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
-            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
         charts["SPS"] = self.step / (time.time() - self.start_time)
-        for group, values in (("losses", losses), ("charts", charts)):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{group}/{name}", value, self.step)
+        scalars = {f"charts/{name}": value for name, value in charts.items()}
+        for name in dict.fromkeys(itertools.chain(*metrics)):
+            scalars[f"losses/{name}"] = value = torch.stack([x[name] for x in metrics if name in x]).mean().item()
+            if not math.isfinite(value):
+                fail(f"{name} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.step)
         self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
         self.bar.update(self.step - self.bar.n)
 

@@ -26,7 +26,6 @@ Against ACKTR: actor and critic share no layers; GAE(λ) as in its code for MuJo
     python algos/kfac.py --env-id HalfCheetah-v5 --seed 3
 """
 
-import argparse
 import copy
 import errno
 import hashlib
@@ -58,7 +57,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest and both in words, for check_args
+Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest, in words: Run checks them
 Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
 Fraction = Annotated[float, (0, 1, "from 0 to 1")]
 Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
@@ -159,20 +158,6 @@ def mlp(sizes: list[int], output_gain: float) -> nn.Sequential:
     return nn.Sequential(*layers, orthogonal_linear(sizes[-2], sizes[-1], output_gain))
 
 
-class ToBox(nn.Module):
-    """Actions (…, A) → what a Box takes: within its bounds, rounded where it holds integers, in its dtype."""
-
-    def __init__(self, space: Box):
-        super().__init__()
-        self.dtype, exact = torch.as_tensor(space.low).dtype, np.float32 if space.dtype == np.float32 else np.float64
-        self.register_buffer("bounds", torch.as_tensor(np.stack([space.low, space.high]).astype(exact)))
-
-    def forward(self, actions: Tensor) -> Tensor:
-        """(…, A), of any float type."""
-        actions = actions.clamp(*self.bounds)
-        return (actions if self.dtype.is_floating_point else actions.round()).to(self.dtype)
-
-
 class ActorCritic(nn.Module):
     """Policy π(a|s) and value V(s): two networks that share nothing but the encoding of observations.
 
@@ -193,7 +178,7 @@ class ActorCritic(nn.Module):
         self.critic = mlp([inputs, *hidden_sizes, 1], output_gain=1.0)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((self.action_size,), log_std_init))
-            self.to_box = ToBox(action_space)
+            self.register_buffer("bounds", torch.as_tensor(np.stack([action_space.low, action_space.high])))
 
     def encode(self, obs: Tensor) -> Tensor:
         """Observations → states: one-hot for a Discrete space, normalised by the running statistics if asked for."""
@@ -230,7 +215,7 @@ class ActorCritic(nn.Module):
 
     def to_env(self, actions: Tensor) -> Tensor:
         """What the environment takes: indices moved to the space's start, Box actions clipped to its bounds."""
-        return actions + int(self.action_space.start) if self.discrete else self.to_box(actions)
+        return actions + int(self.action_space.start) if self.discrete else actions.clamp(*self.bounds)
 
     def forward(self, obs: Tensor) -> Tensor:
         """The most likely action."""
@@ -338,24 +323,18 @@ class KFAC:
 # The maths --------------------------------------------------------------------------------------------------
 
 
-def linear_recurrence(x: Tensor, decay: Tensor, y: Tensor) -> Tensor:
-    """y_t = x_t + decay_t · y_{t−1} along the first dimension; x and decay (T, N), y_{−1} = y (N,)."""
-    ys = []
-    for x_t, decay_t in zip(x.unbind(), decay.unbind()):
-        y = torch.addcmul(x_t, decay_t, y)
-        ys.append(y)
-    return torch.stack(ys)
-
-
 def gae(rewards, values, next_values, terminated, truncated, gamma: float, gae_lambda: float) -> Tensor:
     """Advantages Â_t = Σ_k (γλ)^k δ_{t+k}, up to the end of the episode or rollout (arXiv 1506.02438, eq. 16).
 
     All inputs (T, N). `next_values` is V of the observation that step t truly led to: it counts at a truncation
     and at the rollout's end, and at a termination it does not. Where an episode ended values[t + 1] is another one's.
     """
-    deltas = rewards + gamma * next_values * ~terminated - values
-    decay = gamma * gae_lambda * (~(terminated | truncated)).to(deltas.dtype)
-    return linear_recurrence(deltas.flip(0), decay.flip(0), torch.zeros_like(deltas[0])).flip(0)
+    deltas = (rewards + gamma * next_values * ~terminated - values).unbind()
+    decay = (gamma * gae_lambda * (~(terminated | truncated)).to(values.dtype)).unbind()
+    advantages = [deltas[-1]]
+    for delta, factor in zip(deltas[-2::-1], decay[-2::-1]):
+        advantages.append(torch.addcmul(delta, factor, advantages[-1]))
+    return torch.stack(advantages[::-1])
 
 
 def discounted_returns(rewards: Tensor, done: Tensor, previous: Tensor, gamma: float) -> Tensor:
@@ -363,8 +342,10 @@ def discounted_returns(rewards: Tensor, done: Tensor, previous: Tensor, gamma: f
 
     Its deviation is the scale of normalised rewards. `previous` is 0 where an episode begins with the rollout.
     """
-    first = torch.cat([torch.zeros_like(done[:1]), done[:-1]])
-    return linear_recurrence(rewards, gamma * (~first).to(rewards.dtype), previous)
+    returns, goes_on = [previous], torch.cat([torch.ones_like(done[:1]), ~done[:-1]])
+    for reward, factor in zip(rewards, gamma * goes_on.to(rewards.dtype)):
+        returns.append(torch.addcmul(reward, factor, returns[-1]))
+    return torch.stack(returns[1:])
 
 
 KFACBatch = namedtuple("KFACBatch", "states actions advantages returns")  # a rollout (B, …); states are encoded
@@ -472,42 +453,31 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
     for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
         stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--env-id", "--env_id", default=Args.env_id)
-    early.add_argument("--resume")
-    known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
-    if known.resume:
-        defaults = load_checkpoint(known.resume)["args"]
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    defaults = replace(Args(), **{"env_id": given.env_id} | RECOMMENDED.get(given.env_id, {}))
+    if given.resume:
+        defaults = load_checkpoint(given.resume)["args"]
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
-    args = tyro.cli(Args, default=defaults, args=argv, description=description)
-    if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
-        fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
-    return args
-
-
-def check_args(args: Args) -> None:
-    """Refuses a value outside the range that its type in Args names."""
-    for name, hint in get_type_hints(Args, include_extras=True).items():
-        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
-        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
-            if not all(x is None or low <= x <= high for x in values):
-                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
+    return tyro.cli(Args, default=defaults, args=argv, description=f"Settings taken with --env-id alone:\n\n{table}")
 
 
 def load_checkpoint(folder: str, **modules) -> dict:
     """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
-    try:
-        mmap = sys.platform != "win32"  # there a file that optimisers still read from could not be replaced
-        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=mmap)
-        if state["algo"] != ALGO:
-            raise ValueError(f"it is {state['algo']}.py's")
-        state["args"] = Args(**state["args"])
+    try:  # without mmap on Windows, where a file that optimisers still read from could not be replaced
+        state = torch.load(Path(folder, "checkpoint.pt"), "cpu", weights_only=True, mmap=sys.platform != "win32")
+        state["args"] = {ALGO: Args}[state["algo"]](**state["args"])  # a KeyError names the script that it is of
         for name, module in modules.items():
             module.load_state_dict(state[name])
     except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
@@ -518,10 +488,9 @@ def load_checkpoint(folder: str, **modules) -> dict:
 def make_env(args: Args, **kwargs) -> gym.Env:
     """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
     try:
-        env = gym.make(args.env_id, **kwargs)
+        env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {}, **kwargs)
     except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
-        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
-        hint = "--capture-video needs it to render" if "render_mode" in kwargs else hint
+        hint = "kwargs go into gym.register; ppo_atari.py and dqn_atari.py play Atari; --capture-video needs rgb_array"
         fail(f"--env-id {args.env_id}: {error} ({hint})")
     plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
     return env if plain else gym.wrappers.FlattenObservation(env)
@@ -534,27 +503,26 @@ class Envs:
     """
 
     def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
-        kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
-        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
-        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
-        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        self.envs, self.num_envs = [make_env(args, **kwargs) for _ in range(num_envs)], num_envs
+        self.observation_space, space = self.envs[0].observation_space, self.envs[0].action_space
+        self.action_space, self.time_limit = space, self.envs[0].spec.max_episode_steps
         index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
         self.dtype = np.int64 if index else np.uint8 if image else np.float32
         self.episodes = []  # (environment, return, length) of those that ended in the last step
         if len(self.observation_space.shape) == 3:
             fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
-        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
-            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
-            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
-            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+        odd = isinstance(space, Box) and space.dtype.kind != "f" or len(space.shape or ()) > 1
+        if odd or not isinstance(space, action_spaces):
+            takes = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box; a Box is to be a vector of floats"
+            fail(f"{args.env_id} has the actions {space}; {ALGO}.py cannot take them ({takes})")
 
-    def film(self, args: Args, folder: str, name: str) -> None:
-        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
-        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], folder, name_prefix=name)
+    def film(self, folder: Path, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, and on from there to 1000 images at most."""
+        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], str(folder), name_prefix=name, video_length=1000)
 
     def reset(self, seed: int) -> np.ndarray:
         """First observations (N, …); environment i is seeded with seed + i."""
-        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
 
     def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
@@ -562,21 +530,17 @@ class Envs:
 
         The two observations differ where an episode ended: it reached its final one, and the next one has begun.
         """
-        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
-        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        reached = np.empty((self.num_envs, *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(self.num_envs), np.empty((2, self.num_envs), bool)
         for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
-            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
-            rewards[i] = reward = float(reward)
-            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
-            if self.lengths[i] == 1000 and getattr(env, "recording", False):
-                env.stop_recording()  # its frames are kept in memory
-        finite("reward", rewards)
-        finite("observation", reached)
-        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
-        for i, *_ in self.episodes:
-            obs = reached.copy() if obs is reached else obs
-            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
-        return obs, reached, rewards, terminated, truncated
+            reached[i], rewards[i], terminated[i], truncated[i], _ = env.step(action)
+        self.returns, self.lengths = self.returns + finite("reward", rewards), self.lengths + 1
+        ended = np.flatnonzero(terminated | truncated)
+        self.episodes = [(i, float(self.returns[i]), int(self.lengths[i])) for i in ended]
+        obs = reached.copy() if len(ended) else reached
+        for i in ended:
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0, 0
+        return obs, finite("observation", reached), rewards.astype(np.float32), terminated, truncated
 
     def close(self) -> None:
         """Closes them all."""
@@ -584,31 +548,31 @@ class Envs:
             env.close()
 
 
-def finite(name: str, numbers: np.ndarray) -> np.ndarray:
-    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
-    if not np.isfinite(numbers).all():
-        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
-    return numbers
-
-
 class Run(ExitStack):
     """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
 
     def __init__(self, args: Args):
         super().__init__()
-        check_args(args)
-        self.args, self.step, self.saved_step, self.longest_episode = args, 0, 0, 0
-        self.updates = 0  # gradient steps, in files whose schedules count them
-        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        if kind != "cpu" and not getattr(torch, kind).is_available():
-            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        for name, hint in get_type_hints(Args, include_extras=True).items():
+            values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+            for low, high, text in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+                if not all(x is None or low <= x <= high for x in values):
+                    fail(f"--{name.replace('_', '-')} {value} must be {text}")
         if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
-        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.args, self.dir, self.recent_returns, self.stopped = args, Path(os.devnull), deque(maxlen=100), False
+        self.step = self.updates = self.longest_episode = self.saved_step = 0  # updates: gradient steps
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(best if args.device == "auto" else args.device)
+        if self.device.type != "cpu" and not getattr(torch, self.device.type).is_available():
+            fail(f"--device {args.device}: PyTorch {torch.__version__} finds no such device here; use --device auto")
         self.callback(torch.set_num_threads, torch.get_num_threads())
         self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         if args.compile:
-            self.compile_backward()
+            if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+                fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+            if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # takes loss.backward() into the graph
+                self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
 
         def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
             self.stopped = True
@@ -618,21 +582,16 @@ class Run(ExitStack):
             for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
                 self.callback(signal.signal, number, signal.signal(number, stop))
         torch.set_num_threads(args.torch_threads)
-        random.seed(args.seed)
-        np.random.seed(args.seed)  # for environments that draw from these two; a checkpoint has PyTorch's state alone
-        torch.manual_seed(args.seed)
-
-    def compile_backward(self) -> None:
-        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
-        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
-            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
-        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
-            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # the first two for environments that use them
+            seed(args.seed)
 
     def __exit__(self, kind, error, trace) -> bool:
         super().__exit__(kind, error, trace)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        unfinished = self.dir / "checkpoint.tmp"
+        full = unfinished.exists() or getattr(error, "errno", None) == errno.ENOSPC
+        if full and isinstance(error, OSError | RuntimeError):
+            unfinished.unlink(missing_ok=True)
+            fail(f"{error}; is the disk full? The checkpoint of step {self.saved_step} stays", code=1)
         if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return isinstance(error, BrokenPipeError)
@@ -650,40 +609,40 @@ class Run(ExitStack):
             fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
             state = load_checkpoint(args.resume, **modules)
+            if replace(state["args"], resume=args.resume, total_timesteps=args.total_timesteps) != args:
+                fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
             self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
             self.saved_step = self.step
             torch.set_rng_state(state["rng"])
             torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         self.start_time = time.time() - state["seconds"]
         self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
-        about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
-        about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
+        versions = {"python": sys.version.split()[0]} | {x.__name__: x.__version__ for x in (torch, gym, np)}
+        about = {"algo": ALGO, "args": asdict(replace(args, resume=None)), "versions": versions}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
         if args.capture_video:
-            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
+            envs.film(self.dir / "videos", f"from-step-{self.step}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
         self.callback(self.writer.close)
         if not args.resume:
             self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
         recommended, given = RECOMMENDED.get(args.env_id, {}), asdict(args)
-        taken = " ".join(f"{name}={given[name]}" for name in recommended if given[name] == recommended[name])
-        other = " ".join(f"{name}={given[name]}" for name in recommended if given[name] != recommended[name])
-        print(f"recommended settings taken: {taken or 'none'}; overridden: {other or 'none'}", flush=True)
+        words = (f"{x}={given[x]}" + f" (not {value})" * (given[x] != value) for x, value in recommended.items())
+        print(f"recommended settings: {' '.join(words) or 'none'}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
         self.callback(self.bar.close)
 
     def new_dir(self) -> Path:
         """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
-        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        env_id = re.sub(r"[^\w.=-]+", "-", self.args.env_id)  # Windows refuses colons, for instance
+        path = Path(self.args.output_dir).expanduser() / f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+            for name in itertools.chain([path], (f"{path}_{n}" for n in itertools.count(1))):
                 with suppress(FileExistsError):
-                    path.mkdir()
-                    return path
+                    os.makedirs(name)
+                    return Path(name)
         except OSError as error:
             fail(f"--output-dir {self.args.output_dir}: {error}")
 
@@ -699,16 +658,12 @@ class Run(ExitStack):
         if not all(x.isfinite().all() for network in networks for x in network.parameters()):
             fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
         state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
-        try:
-            torch.save(state, self.dir / "checkpoint.tmp")
-            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
-        except (OSError, RuntimeError) as error:
-            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
-            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None)), "rng": torch.get_rng_state()}
+        state |= {"seconds": time.time() - self.start_time, "cuda_rng": torch.cuda.get_rng_state_all()}
+        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
+        torch.save(state, self.dir / "checkpoint.tmp")
+        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
         self.saved_step = self.step
 
     def advance(self, envs) -> None:
@@ -723,14 +678,14 @@ class Run(ExitStack):
 
     def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
         """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
-        names = dict.fromkeys(itertools.chain(*metrics))
-        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
-        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
-            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
         charts["SPS"] = self.step / (time.time() - self.start_time)
-        for group, values in (("losses", losses), ("charts", charts)):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{group}/{name}", value, self.step)
+        scalars = {f"charts/{name}": value for name, value in charts.items()}
+        for name in dict.fromkeys(itertools.chain(*metrics)):
+            scalars[f"losses/{name}"] = value = torch.stack([x[name] for x in metrics if name in x]).mean().item()
+            if not math.isfinite(value):
+                fail(f"{name} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.step)
         self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
         self.bar.update(self.step - self.bar.n)
 

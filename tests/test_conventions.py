@@ -22,7 +22,7 @@ COMMON_FLAGS = (
 ).split()
 COMMON_FLAGS_WITHOUT_LEARNING = "env_id seed eval_episodes output_dir capture_video".split()
 
-PLUMBING = "fail parse_args check_args load_checkpoint make_env Envs finite Run evaluate export_policy".split()
+PLUMBING = "fail finite parse_args load_checkpoint make_env Envs Run evaluate export_policy".split()
 
 each_algo = pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
 
