@@ -305,8 +305,7 @@ def compiled(function: Callable, device: torch.device) -> Callable:
 
 # Training ---------------------------------------------------------------------------------------------------
 
-LOG_EVERY = 1_000
-"""Environment steps between two points of losses/*, which are means over the updates since the last one."""
+LOG_EVERY = 1_000  # environment steps between two points of losses/*, which are means over the updates since the last
 
 
 def train(args: Args) -> dict:

@@ -4,28 +4,19 @@ Maximises the likelihood of what an expert π* does in the states that the exper
 
     L(θ) = −E_{o ~ d^π*}[log π_θ(π*(o) | o)]
 
-and keeps the weights that do best on a part of the demonstrations that was held out. What it cannot learn is how to
-come back: an error of ε per step on the expert's states costs up to ε T² in T steps, as one mistake leads to states
-that no demonstration shows (Ross and Bagnell 2010, theorem 2.1); dagger.py, which asks the expert there, pays ε T.
+and keeps the weights that do best on demonstrations held out. An error of ε per step costs up to ε T² in T steps, as a
+mistake leads to states that none shows (Ross and Bagnell 2010, theorem 2.1); dagger.py asks the expert there: ε T.
 - Where experts do one thing or another (left or right around an obstacle), a Gaussian goes between them. `--head
-  mixture` has K Gaussians and acts by the best of them; `--head autoregressive` cuts every dimension of the action
-  into bins and gives each dimension's distribution from the ones before it.
+  mixture` acts by the best of K Gaussians; `--head autoregressive` gives each dimension from the ones before it.
 - Where the expert remembers, one observation does not tell what it does: `--history K` shows the last K of them.
-- `--noise` disturbs the expert's actions, not their labels: its corrections are then among the demonstrations
-  (DART, Laskey et al. 2017, arXiv 1703.09327).
+- `--noise` disturbs the expert's actions, not their labels: these show corrections, then (DART, arXiv 1703.09327).
 - Observations are standardised with the demonstrations' mean and deviation, which the exported policy contains.
-
---expert takes the policy.pt2 of any script here or a model of Stable-Baselines3 (.zip), and executes no code in them.
-Without it Stable-Baselines3 trains one, kept in {output-dir}/experts for runs that ask for the same. --dataset takes
-a Minari dataset instead (`pip install "minari[hdf5]"`, for a download `"minari[hdf5,hf]"`).
 
     python algos/bc.py                                            # CartPole-v1; trains an expert first
     python algos/bc.py --env-id HalfCheetah-v5 --expert runs/HalfCheetah-v5__sac__1__…/policy.pt2
     python algos/bc.py --env-id HalfCheetah-v5 --dataset mujoco/halfcheetah/expert-v0 --head mixture
-    python algos/bc.py --num-demonstrations 5 --noise 0.2
 """
 
-import argparse
 import copy
 import errno
 import hashlib
@@ -45,7 +36,7 @@ import threading
 import time
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -62,9 +53,8 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest and both in words, for check_args
+Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest, in words: Run checks them
 Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
-Fraction = Annotated[float, (0, 1, "from 0 to 1")]
 Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
 NotNegative = Annotated[float, (0, sys.float_info.max, "0 or more")]
 
@@ -73,11 +63,11 @@ NotNegative = Annotated[float, (0, sys.float_info.max, "0 or more")]
 class Args:
     # run
     seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
-    total_timesteps: Count = 10_000  # the expert's environment steps to learn from
+    total_timesteps: Annotated[int, (2, math.inf, "at least 2")] = 10_000  # the expert's steps to learn from
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where policy and data live; auto prefers CUDA
     torch_threads: Count = 1  # CPU threads for PyTorch; one is fastest for networks this small
     compile: bool = False  # compile loss and gradient with torch.compile: pays in runs of several minutes
-    output_dir: str = "runs"  # folder that run directories are made in, and experts/
+    output_dir: str = "runs"  # folder of run directories, and of experts/ that were trained without --expert
     resume: str | None = None  # run directory to go on in, with its own flags; --total-timesteps alone may be changed
     checkpoint_every: Count = 50_000  # environment steps between checkpoints, which hold the demonstrations too
     eval_episodes: Count = 10  # episodes of the final evaluation, with the deterministic policy
@@ -89,8 +79,8 @@ class Args:
     history: Count = 1  # newest observations K that the policy sees; before the K-th, an episode's first is repeated
 
     # demonstrations
-    expert: str | None = None  # policy.pt2 of a script here, or a model of Stable-Baselines3 (.zip); None trains one
-    dataset: str | None = None  # Minari dataset to learn from instead, by its id (downloaded if missing) or its path
+    expert: str | None = None  # your own policy.pt2, as it may hold code, or a Stable-Baselines3 .zip; None trains one
+    dataset: str | None = None  # id of a Minari dataset to learn from instead; downloaded if missing
     num_demonstrations: Count | None = None  # episodes to learn from, where --total-timesteps gives more
     noise: NotNegative = 0.0  # disturbs the expert: share of random actions, or deviation in half ranges of a Box
     expert_timesteps: Count = 100_000  # environment steps that an expert is trained for
@@ -99,7 +89,7 @@ class Args:
     head: Literal["gaussian", "mixture", "autoregressive"] = "gaussian"  # distribution of Box actions
     components: Count = 5  # Gaussians of --head mixture
     bins: Count = 31  # bins per dimension of --head autoregressive
-    holdout: Fraction = 0.1  # part of the demonstrations held out, the newest
+    holdout: Annotated[float, (1e-6, 1 - 1e-6, "between 0 and 1")] = 0.1  # share of steps held out, the newest
     epochs: Count = 200  # times to go through the rest at most
     patience: Count = 10  # epochs without a better loss on the held-out part before it stops
     batch_size: Count = 128  # observations per gradient step
@@ -107,13 +97,11 @@ class Args:
     hidden_sizes: tuple[Count, ...] = (64, 64)  # ReLU layers of the policy
 
 
-# fmt: off
 MUJOCO = dict(total_timesteps=50_000, batch_size=256, hidden_sizes=(256, 256))
 RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit flag wins
     "Pendulum-v1": dict(total_timesteps=20_000, expert_timesteps=10_000),
     **{f"{name}-v5": MUJOCO for name in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid")},
 }
-# fmt: on
 
 
 # Networks ---------------------------------------------------------------------------------------------------
@@ -127,20 +115,6 @@ def relu_mlp(sizes: list[int]) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
 
-class ToBox(nn.Module):
-    """Actions (…, A) → what a Box takes: within its bounds, rounded where it holds integers, in its dtype."""
-
-    def __init__(self, space: Box):
-        super().__init__()
-        self.dtype, exact = torch.as_tensor(space.low).dtype, np.float32 if space.dtype == np.float32 else np.float64
-        self.register_buffer("bounds", torch.as_tensor(np.stack([space.low, space.high]).astype(exact)))
-
-    def forward(self, actions: Tensor) -> Tensor:
-        """(…, A), of any float type."""
-        actions = actions.clamp(*self.bounds)
-        return (actions if self.dtype.is_floating_point else actions.round()).to(self.dtype)
-
-
 def gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """log N(x; μ, σ²) of a diagonal Gaussian, summed over the last dimension, which all three share."""
     return -(0.5 * ((x - mean) / log_std.exp()).square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
@@ -151,16 +125,12 @@ class GaussianHead(nn.Module):
 
     def __init__(self, inputs: int, actions: int, args: Args):
         super().__init__()
-        self.mean = relu_mlp([inputs, *args.hidden_sizes, actions])
+        self.mode = relu_mlp([inputs, *args.hidden_sizes, actions])
         self.log_std = nn.Parameter(torch.zeros(actions))
 
     def log_prob(self, x: Tensor, actions: Tensor) -> Tensor:
-        """log π(a|x) (B,); actions (B, A)."""
-        return gaussian_log_prob(actions, self.mean(x), self.log_std)
-
-    def mode(self, x: Tensor) -> Tensor:
-        """The mean (B, A)."""
-        return self.mean(x)
+        """log π(a|x) (B,), with actions (B, A), as `mode` gives them: in all heads."""
+        return gaussian_log_prob(actions, self.mode(x), self.log_std)
 
 
 class MixtureHead(nn.Module):
@@ -178,7 +148,6 @@ class MixtureHead(nn.Module):
         return weights.log_softmax(-1), means, log_stds.clamp(-5, 2)
 
     def log_prob(self, x: Tensor, actions: Tensor) -> Tensor:
-        """log π(a|x) (B,); actions (B, A)."""
         log_weights, means, log_stds = self.components(x)
         return (log_weights + gaussian_log_prob(actions.unsqueeze(1), means, log_stds)).logsumexp(-1)
 
@@ -205,24 +174,21 @@ class AutoregressiveHead(nn.Module):
         return self.network(torch.cat([x, given, which], -1))
 
     def log_prob(self, x: Tensor, actions: Tensor) -> Tensor:
-        """log of the probability of the actions' bins (B,); actions (B, A)."""
-        bins = ((actions.clamp(-1, 1) + 1) / 2 * len(self.centres)).long().clamp(max=len(self.centres) - 1)
-        logits = self.logits(x, self.centres[bins])
-        return -F.cross_entropy(logits.transpose(1, 2), bins, reduction="none").sum(-1)
+        bins = (actions.unsqueeze(-1) - self.centres).abs().argmin(-1)
+        return -F.cross_entropy(self.logits(x, self.centres[bins]).transpose(1, 2), bins, reduction="none").sum(-1)
 
     def mode(self, x: Tensor) -> Tensor:
         """The centre of the likeliest bin (B, A), one dimension after the other."""
         actions = x.new_zeros(x.shape[0], len(self.which))
-        for i, which in enumerate(self.which):
-            actions = actions + self.centres[self.logits(x, actions)[:, i].argmax(-1)].unsqueeze(-1) * which
+        for _ in self.which:  # a dimension depends on those before it alone: each pass makes one more of them right
+            actions = self.centres[self.logits(x, actions).argmax(-1)]
         return actions
 
 
 class ClonedPolicy(nn.Module):
-    """π_θ(a|o). `forward` is its likeliest action, from observations to what the environment takes.
+    """π_θ(a|o). `forward` is its likeliest action, for the environment; o is (B, D), or (B,) of a Discrete space.
 
-    Observations are (B, D) of a Box, (B,) int64 of a Discrete space, and standardised within; Box actions are scaled:
-    the space's bounds to [−1, 1] or, where it has none, three deviations about the mean.
+    Box actions are scaled: the space's bounds to [−1, 1] or, where it has none, three deviations about the mean.
     """
 
     def __init__(self, observation_space, action_space, args: Args):
@@ -236,21 +202,19 @@ class ClonedPolicy(nn.Module):
             self.logits = relu_mlp([inputs, *args.hidden_sizes, int(action_space.n)])
             return
         heads = dict(gaussian=GaussianHead, mixture=MixtureHead, autoregressive=AutoregressiveHead)
-        self.head, self.to_box = heads[args.head](inputs, action_space.shape[0], args), ToBox(action_space)
-        low, high = self.to_box.bounds.float()
-        self.register_buffer("bounded", (high - low).isfinite())
-        self.register_buffer("low", torch.where(self.bounded, low, -1.0))
-        self.register_buffer("high", torch.where(self.bounded, high, 1.0))
+        self.head = heads[args.head](inputs, action_space.shape[0], args)
+        self.register_buffer("bounds", torch.as_tensor(np.stack([action_space.low, action_space.high])))
+        self.register_buffer("low", torch.tensor(action_space.low, dtype=torch.float32))
+        self.register_buffer("high", torch.tensor(action_space.high, dtype=torch.float32))
 
-    @torch.no_grad()
     def standardise(self, obs: Tensor, actions: Tensor) -> None:
         """Takes over the mean and deviation of observations (B, …), and of actions (B, A) where they have no bounds."""
         if not self.one_hot:
             self.mean, self.std = moments(obs.float())
         if not self.discrete:
-            mean, std = moments(actions)
-            self.low = torch.where(self.bounded, self.low, mean - 3 * std)
-            self.high = torch.where(self.bounded, self.high, mean + 3 * std)
+            (mean, std), bounded = moments(actions.float()), self.bounds.float().diff(dim=0)[0].isfinite()
+            self.low = torch.where(bounded, self.low, mean - 3 * std)
+            self.high = torch.where(bounded, self.high, mean + 3 * std)
 
     def encode(self, obs: Tensor) -> Tensor:
         """Observations → x (B, D): one-hot for a Discrete space, standardised."""
@@ -263,44 +227,30 @@ class ClonedPolicy(nn.Module):
         x = self.encode(obs)
         if self.discrete:
             return -F.cross_entropy(self.logits(x), actions - int(self.action_space.start), reduction="none")
-        return self.head.log_prob(x, 2 * (actions - self.low) / (self.high - self.low) - 1)
+        return self.head.log_prob(x, 2 * (actions.float() - self.low) / (self.high - self.low) - 1)
 
     def forward(self, obs: Tensor) -> Tensor:
         """The likeliest action: an index from the space's start, or numbers within its bounds."""
         x = self.encode(obs)
         if self.discrete:
             return self.logits(x).argmax(-1) + int(self.action_space.start)
-        return self.to_box(self.low + (self.head.mode(x) + 1) / 2 * (self.high - self.low))
+        return (self.low + (self.head.mode(x) + 1) / 2 * (self.high - self.low)).clamp(*self.bounds)
 
 
 # The maths --------------------------------------------------------------------------------------------------
 
 
-class LabelledStates:
-    """All observations so far and the expert's actions there, as `tensors` (B, …) of both."""
-
-    def __init__(self, device: torch.device):
-        self.batches, self.device = [], device
-
-    def add(self, obs: np.ndarray, actions: np.ndarray) -> None:
-        """One more batch; actions become float32, or int64 of a Discrete space."""
-        actions = torch.as_tensor(actions, device=self.device)
-        actions = actions.float() if actions.ndim > 1 else actions.long()
-        self.batches.append((torch.as_tensor(obs, device=self.device), actions))
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Observations and actions."""
-        self.batches = [tuple(map(torch.cat, zip(*self.batches)))]
-        return self.batches[0]
+class LabelledStates(list):
+    """Batches of observations and the expert's actions there, (B, …) each."""
 
     def state_dict(self) -> dict:
-        """What a checkpoint holds."""
-        return dict(zip(("observations", "actions"), self.tensors)) if self.batches else {}
+        """All of them so far, as one batch: for the fit, and for a checkpoint."""
+        self[:] = [tuple(map(torch.cat, zip(*self)))] if self else []
+        return dict(zip(("observations", "actions"), self[0])) if self else {}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes over what `state_dict` gave."""
-        self.batches = [tuple(x.to(self.device, copy=True) for x in state.values())] if state else []
+        self[:] = [tuple(state.values())] if state else []
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,57 +267,8 @@ def bc_gradient(policy: ClonedPolicy, obs: Tensor, actions: Tensor) -> dict[str,
     return {"log_loss": loss.detach()}
 
 
-class FlatAdam(torch.optim.Adam):
-    """torch.optim.Adam on all parameters as one vector, of which they become views: the same numbers, a tenth faster.
-
-    Gradients stay ordinary tensors, which `step` gathers. What it cannot do right it refuses.
-    """
-
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, **settings):
-        self.parameters = list(params)
-        kinds = {(p.dtype, p.device) if isinstance(p, Tensor) else None for p in self.parameters}
-        if len(kinds) > 1 or None in kinds:
-            raise TypeError("FlatAdam takes parameters of one group, type and device: take torch.optim.Adam instead")
-        vector = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
-        for p, view in zip(self.parameters, vector.data.split([p.numel() for p in self.parameters])):
-            p.data = view.view_as(p)
-        self.pointers = [p.data_ptr() for p in self.parameters]
-        super().__init__([vector], lr, fused=True, **settings)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the parameters' gradients."""
-        super().zero_grad()  # of groups that were added
-        for p in self.parameters:
-            p.grad = None
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step down the parameters' .grad: torch.optim.Adam's kernel, with little of the Python around it."""
-        if closure or any(p.grad is None or p.data_ptr() != x for p, x in zip(self.parameters, self.pointers)):
-            raise RuntimeError("FlatAdam: a parameter has no gradient, or new memory: take torch.optim.Adam instead")
-        group, vector = self.param_groups[0], self.param_groups[0]["params"][0]
-        vector.grad = torch.cat([p.grad.flatten() for p in self.parameters])
-        state, unusual = self.state[vector], len(self.param_groups) > 1 or group["decoupled_weight_decay"]
-        if vector.is_cuda or not state or unusual or group["amsgrad"]:
-            group["capturable"] = vector.is_cuda and torch.cuda.is_current_stream_capturing()  # in a CUDA graph
-            return super().step()
-        state["step"] += 1
-        tensors = [vector], [vector.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]
-        settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
-        torch._fused_adam_(*tensors, beta1=group["betas"][0], beta2=group["betas"][1], **settings)
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, the backward pass in the function included; on CUDA as CUDA graphs, whose results are copied."""
-    graphs = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
-    return lambda *inputs: {name: x.clone() for name, x in graphs(*inputs).items()}
-
-
 def fit(policy: ClonedPolicy, optimizer, data: tuple[Tensor, Tensor], args: Args, run, gradient_of) -> list[dict]:
-    """Learns from pairs (B, …) until the held-out loss stops falling, or run.stopped; keeps the best weights.
-
-    Returns losses in nats per pair: those of the last epoch, the best held-out one, and the epochs that it took.
-    """
+    """Learns from pairs (B, …) until the held-out loss stops falling, or run.stopped; keeps the best weights."""
     if len(data[0]) < 2:
         fail("of one demonstration there is none to hold out: raise --total-timesteps")
     policy.standardise(*data)
@@ -391,55 +292,15 @@ def fit(policy: ClonedPolicy, optimizer, data: tuple[Tensor, Tensor], args: Args
             best, best_epoch, best_weights = loss, epoch, copy.deepcopy(policy.state_dict())
         if epoch - best_epoch >= args.patience or not math.isfinite(loss):
             break
-    if math.isfinite(best):
-        policy.load_state_dict(best_weights)
+    policy.load_state_dict(best_weights)
     return [*metrics, {"held_out_log_loss": torch.tensor(best), "epochs": torch.tensor(best_epoch + 1.0)}]
 
 
 # The expert: arrays of observations (N, …) → arrays of actions (N, …) -----------------------------------------
 
 
-class Player(nn.Module):
-    """An expert as a policy that `evaluate` can play."""
-
-    def __init__(self, expert: Callable):
-        super().__init__()
-        self.expert, self.on_cpu = expert, nn.Parameter(torch.zeros(()))  # `evaluate` looks where parameters are
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """Actions (N, …)."""
-        return torch.as_tensor(self.expert(obs.numpy()))
-
-
-def load_policy(path: Path) -> Callable:
-    """The policy of a policy.pt2: tensors and a graph of PyTorch's operators.
-
-    torch.export.load executes pickles, and strings like code: it gets a copy without them.
-    """
-    tree = r'(null|type|context|children_spec|builtins\.(tuple|dict|list)|[\s\d\[\]{}",:\\])*'
-    word, operator = rf"[\w.+]*|Symbol\('s\d+'(, \w+=True)*\)|{tree}", r"torch\.ops\.aten\.(?!from_file)\w+\.\w+"
-    plain = r"\w+/(data/(weights/weight|constants/tensor)_\d+|archive_\w+|byteorder|\.data/\w+)"
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copied := io.BytesIO(), "w") as kept:
-        for name in archive.namelist():
-            data = b"" if name.endswith("sample_inputs/model.pt") else archive.read(name)
-            if name.endswith(".json"):
-                about = json.loads(data)
-                for node in about["graph_module"]["graph"]["nodes"] if "graph_module" in about else ():
-                    node["metadata"] = {}  # the lines that it comes from
-                data = json.dumps(about)
-                bad = [x for x in re.findall(r'"((?:\\.|[^"\\])*)"', data) if not re.fullmatch(word, x)]
-                bad += [x for x in re.findall(r'"target": "(.*?)"', data) if not re.fullmatch(operator, x)]
-                if bad := bad + re.findall(r'"use_pickle": (?!false)', data):
-                    raise ValueError(f"it holds {bad[0]:.40}")
-            if not data or name.endswith(".json") or re.fullmatch(plain, name):
-                kept.writestr(name, data)
-    copied.seek(0)
-    policy = torch.export.load(copied).module()
-    return lambda obs: policy(torch.as_tensor(obs)).numpy(force=True)
-
-
-def load_sb3(path: Path, *spaces: gym.Space) -> Callable:
-    """The policy of a Stable-Baselines3 model, from its weights and its settings, but for those that are pickles."""
+def load_sb3(path: Path, envs) -> Callable:
+    """The policy in a Stable-Baselines3 model, of tensors: from its weights and settings, those in pickles left out."""
     with zipfile.ZipFile(path) as archive:
         about = json.loads(archive.read("data"))
         weights = torch.load(io.BytesIO(archive.read("policy.pth")), map_location="cpu", weights_only=True)
@@ -453,9 +314,10 @@ def load_sb3(path: Path, *spaces: gym.Space) -> Callable:
     if match := re.fullmatch(r"<class 'torch\.nn\.modules\.activation\.(\w+)'>", settings.get("activation_fn", "")):
         settings["activation_fn"] = getattr(nn, match[1])
     settings |= {"use_sde": about["use_sde"]} if name == "ActorCriticPolicy" else {}
+    spaces = envs.observation_space, envs.action_space
     policy = getattr(importlib.import_module(module), name)(*spaces, lambda _: 0.0, **settings)
     policy.load_state_dict(weights)
-    return lambda obs: policy.predict(obs, deterministic=True)[0]
+    return lambda obs: torch.as_tensor(policy.predict(obs.numpy(), deterministic=True)[0])
 
 
 def train_expert(args: Args, path: Path, run) -> None:
@@ -463,16 +325,13 @@ def train_expert(args: Args, path: Path, run) -> None:
     from stable_baselines3 import PPO, SAC
     from stable_baselines3.common.env_util import make_vec_env
 
-    discrete = isinstance(make_env(args).action_space, Discrete)
-    envs = make_vec_env(lambda: make_env(args), 8 if discrete else 1, seed=1)
-    if discrete:
-        settings = dict(n_steps=32, batch_size=256, n_epochs=20, gae_lambda=0.8, gamma=0.98)
+    algo, num_envs, settings = SAC, 1, dict(learning_rate=1e-3)
+    if isinstance(make_env(args).action_space, Discrete):
+        algo, num_envs, settings = PPO, 8, dict(n_steps=32, batch_size=256, n_epochs=20, gae_lambda=0.8, gamma=0.98)
         settings |= dict(learning_rate=lambda remaining: 1e-3 * remaining, clip_range=lambda remaining: 0.2 * remaining)
-        model = PPO("MlpPolicy", envs, seed=1, device="cpu", **settings)
-    else:
-        model = SAC("MlpPolicy", envs, learning_rate=1e-3, seed=1, device="cpu")
+    model = algo("MlpPolicy", make_vec_env(lambda: make_env(args), num_envs, 1), seed=1, device="cpu", **settings)
     with tqdm(total=args.expert_timesteps, unit="step", desc=f"expert for {args.env_id}") as bar:
-        model.learn(args.expert_timesteps, lambda *_: (bar.update(envs.num_envs), not run.stopped)[1])
+        model.learn(args.expert_timesteps, lambda *_: (bar.update(num_envs), not run.stopped)[1])
     if run.stopped:
         raise SystemExit(130)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -483,79 +342,52 @@ def train_expert(args: Args, path: Path, run) -> None:
 @torch.random.fork_rng()  # Stable-Baselines3 seeds the whole process
 def find_expert(args: Args, envs, run) -> Callable:
     """The expert of --expert, or one of Stable-Baselines3: trained now, or before by the same code for the same."""
-    path, space, known = Path(args.expert or ""), envs.action_space, True
-    if args.expert is None:
-        if importlib.util.find_spec("stable_baselines3") is None:
-            fail("training an expert needs stable-baselines3: pip install stable-baselines3, or give one with --expert")
-        if isinstance(space, Box) and (space.dtype.kind != "f" or not ToBox(space).bounds.diff(dim=0).isfinite().all()):
-            fail(f"no expert is trained here for {args.env_id}, whose actions are {space}: give one with --expert")
-        versions = [importlib.metadata.version(x) for x in ("stable-baselines3", "gymnasium", "torch")]
-        recipe = repr((envs.envs[0].spec, versions, inspect.getsource(train_expert)))
-        name = f"{envs.envs[0].spec.id.replace('/', '-')}__{args.expert_timesteps}"
-        path = Path(args.output_dir, "experts").expanduser()
-        path /= f"{name}__{hashlib.sha256(recipe.encode()).hexdigest()[:8]}.zip"
-        if not (known := path.exists()):
-            train_expert(args, path, run)
+    space, spec = envs.action_space, envs.envs[0].spec
+    recipe = hashlib.sha256(repr((spec, inspect.getsource(train_expert))).encode()).hexdigest()
+    name = f"{spec.id.replace('/', '-')}__{args.expert_timesteps}__{recipe[:8]}.zip"
+    path = Path(args.expert or Path(args.output_dir, "experts", name)).expanduser()
+    known = args.expert or path.exists()
     try:
-        act = load_sb3(path, envs.observation_space, space) if path.suffix == ".zip" else load_policy(path)
-        expert, to_box = (lambda obs: to_box(torch.as_tensor(act(obs))).numpy()), nn.Identity()
+        if not known:
+            train_expert(args, path, run)
+        model = load_sb3(path, envs) if path.suffix == ".zip" else torch.export.load(path).module()
+        act = lambda obs: model(torch.as_tensor(obs)).numpy(force=True)  # noqa: E731
+        expert = (lambda obs: act(obs).clip(space.low, space.high)) if isinstance(space, Box) else act
         obs = np.stack([envs.observation_space.sample() for _ in range(2)]).astype(envs.dtype)
-        fits = expert(obs).shape == (2, *space.shape)
-        to_box = ToBox(space) if isinstance(space, Box) else to_box
-        if not (fits and all(map(space.contains, expert(obs)))):
+        if act(obs).shape != (2, *space.shape) or not all(map(space.contains, expert(obs))):
             raise ValueError(f"its actions are not {space}")
-    except Exception as error:  # whatever is wrong with the file, it is no expert for this environment
-        fail(f"--expert {path} cannot be used for {args.env_id} ({type(error).__name__} {error!s:.250})")
+    except Exception as error:  # whatever is wrong with the file, or the space that an expert was to be trained for
+        way_out = "" if args.expert else "; give an expert, or pip install stable-baselines3 to train one"
+        fail(f"--expert {path} cannot be used for {args.env_id} ({type(error).__name__} {error!s:.250}){way_out}")
     tqdm.write(f"the expert: {path}{'' if known else ', trained now'}")
     return expert
 
 
-# Demonstrations ---------------------------------------------------------------------------------------------
-
-
-def disturbed(actions: np.ndarray, space: gym.Space, noise: float) -> Tensor:
+def disturbed(actions: Tensor, space: gym.Space, noise: float) -> Tensor:
     """What is done instead of the expert's actions (N, …): see --noise."""
-    if noise == 0:
-        return torch.as_tensor(actions)
     if isinstance(space, Discrete):
-        others = int(space.start) + torch.randint(int(space.n), (len(actions),))
-        return torch.where(torch.rand(len(actions)) < noise, others, torch.as_tensor(actions))
-    half_range = ((space.high.astype(np.float64) - space.low) / 2).astype(np.float32)
-    deviation = noise * torch.as_tensor(np.where(np.isfinite(half_range), half_range, np.float32(1)))
-    return ToBox(space)(torch.as_tensor(actions) + deviation * torch.randn(actions.shape))
+        others = int(space.start) + torch.randint(int(space.n), actions.shape)
+        return torch.where(torch.rand(len(actions)) < noise, others, actions)
+    low, high = torch.as_tensor(space.low), torch.as_tensor(space.high)
+    deviation = noise * (high / 2 - low / 2).nan_to_num(posinf=1.0)  # where there is no bound, as for [−1, 1]
+    return (actions + deviation * torch.randn(actions.shape)).clamp(low, high)
 
 
-def show_history(args: Args, history: int) -> None:
-    """Makes this process's environments of the id give their last `history` observations, flattened, oldest first."""
-    spec = gym.registry[make_env(args).spec.id]
-    if history > 1:
-        stack = gym.wrappers.FrameStackObservation.wrapper_spec(stack_size=history, padding_type="reset")
-        spec.additional_wrappers += gym.wrappers.FlattenObservation.wrapper_spec(), stack
-    else:
-        spec.additional_wrappers = spec.additional_wrappers[:-2]
-
-
-def read_dataset(args: Args, envs) -> tuple[np.ndarray, np.ndarray, list[tuple[int, float, int]]]:
-    """Observations and actions (T, …) of the Minari dataset --dataset; of each episode its end in T, return, length."""
+def read_dataset(args: Args, envs) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    """(observations (T, …), actions (T, …), return) of each episode of the Minari dataset --dataset."""
     try:
-        import minari
-    except ImportError:
-        fail('--dataset needs Minari: pip install "minari[hdf5]"')
-    try:
-        path = next((x for x in (Path(args.dataset, "data"), Path(args.dataset)) if x.exists()), None)
-        dataset = minari.MinariDataset(path) if path else minari.load_dataset(args.dataset, download=True)
-        episodes = list(dataset.iterate_episodes())[: args.num_demonstrations]
+        dataset = importlib.import_module("minari").load_dataset(args.dataset, download=True)
     except Exception as error:  # its own, h5py's, or the network's
-        fail(f"--dataset {args.dataset} cannot be had ({error!s:.200})")
+        fail(f'--dataset {args.dataset} cannot be had ({error!s:.200}); it takes pip install "minari[hdf5,hf]"')
     ours, theirs = ((x.observation_space, x.action_space) for x in (envs, dataset))
     if any(len({(type(x), x.shape, getattr(x, "n", 0)) for x in pair}) > 1 for pair in zip(ours, theirs)):
         fail(f"--dataset {args.dataset} has {theirs}, where {args.env_id} has {ours}")
-    lengths = [len(x.rewards) for x in episodes]
-    past = [(np.arange(n)[:, None] + np.arange(1 - args.history, 1)).clip(min=0) for n in lengths]  # times to show
-    obs = np.concatenate([x.observations[times] for x, times in zip(episodes, past)]).astype(envs.dtype)
-    about = list(zip(itertools.accumulate(lengths), (x.rewards.sum() for x in episodes), lengths))
-    obs = obs.reshape(len(obs), -1) if obs.ndim > 2 else obs[:, 0]
-    return obs, np.concatenate([x.actions for x in episodes]), about
+    episodes = []
+    for x in itertools.islice(dataset.iterate_episodes(), args.num_demonstrations):
+        times = (np.arange(len(x.actions))[:, None] + np.arange(1 - args.history, 1)).clip(min=0)
+        obs = x.observations[times].astype(envs.dtype)
+        episodes.append((obs.reshape(len(obs), -1) if obs.ndim > 2 else obs[:, 0], x.actions, x.rewards.sum()))
+    return episodes
 
 
 # Training ---------------------------------------------------------------------------------------------------
@@ -564,61 +396,55 @@ def read_dataset(args: Args, envs) -> tuple[np.ndarray, np.ndarray, list[tuple[i
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
     with Run(args) as run:
-        if args.total_timesteps == args.num_envs == 1 or args.holdout in (0, 1):
-            fail("needs a demonstration to learn from and one to hold out: --total-timesteps ≥ 2, 0 < --holdout < 1")
-        if args.dataset and args.num_envs > 1:
-            fail(f"--dataset {args.dataset} is read as one environment's: --num-envs 1")
         envs = Envs(args, args.num_envs, (Discrete, Box))
-        dataset = read_dataset(args, envs) if args.dataset else None
+        dataset = read_dataset(args, envs) if args.dataset else []
         expert = shown = None if dataset else find_expert(args, envs, run)
-        if args.history > 1:
+        if args.history > 1:  # this process's environments of the id show it, those of evaluations too
             if not isinstance(envs.observation_space, Box):
                 fail(f"--history needs observations in a Box, and {args.env_id} has {envs.observation_space}")
-            size = envs.observation_space.shape[0]
+            size, spec = envs.observation_space.shape[0], gym.registry[envs.envs[0].spec.id]
             expert = lambda obs: shown(obs[:, -size:])  # noqa: E731
-            show_history(args, args.history)
-            run.callback(show_history, args, 1)
+            run.callback(setattr, spec, "additional_wrappers", spec.additional_wrappers)
+            stack = gym.wrappers.FrameStackObservation.wrapper_spec(stack_size=args.history, padding_type="reset")
+            spec.additional_wrappers += gym.wrappers.FlattenObservation.wrapper_spec(), stack
             envs.close()
             envs = Envs(args, args.num_envs)
         policy = ClonedPolicy(envs.observation_space, envs.action_space, args).to(run.device)
-        optimizer = FlatAdam(policy.parameters(), args.learning_rate)
-        gradient_of = compiled(bc_gradient, run.device) if args.compile else bc_gradient
-        data, counter = LabelledStates(run.device), nn.Module()  # a module, so that a checkpoint holds it
+        optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
+        gradient_of = torch.compile(bc_gradient) if args.compile else bc_gradient
+        data, counter = LabelledStates(), nn.Module()  # a module, so that a checkpoint holds it
         for name in ("episodes", "fitted_at"):
             counter.register_buffer(name, torch.zeros((), dtype=torch.int64))
         run.start(envs, policy=policy, optimizer=optimizer, demonstrations=data, counter=counter)
-        enough = args.num_demonstrations or math.inf
 
         # Read what the expert did, or watch it.
-        if dataset:
-            obs, actions, episodes = dataset
-            first, end = run.step, min(args.total_timesteps, len(obs))
-            data.add(obs[first:end], actions[first:end])
-            episodes = [x for x in episodes if first < x[0] <= end]
-            run.advance(SimpleNamespace(num_envs=end - first, episodes=episodes))
-            counter.episodes += len(episodes)
-        obs, logged_step = envs.reset(args.seed + run.step), run.step
-        while not dataset and run.goes_on() and counter.episodes < enough:
-            labels = expert(obs)
-            data.add(obs, labels)
-            obs, *_ = envs.step(disturbed(labels, envs.action_space, args.noise))
-            run.advance(envs)
-            counter.episodes += len(envs.episodes)
-            if run.step - logged_step >= 1_000:
+        obs = envs.reset(args.seed + run.step)
+        while run.goes_on() and counter.episodes < (len(dataset) or args.num_demonstrations or math.inf):
+            if dataset:
+                seen, labels, episode_return = dataset[counter.episodes]
+                progress = SimpleNamespace(num_envs=len(seen), episodes=[(0, episode_return, len(seen))])
+            else:
+                seen, labels, progress = obs, torch.as_tensor(expert(obs)), envs
+                obs, *_ = envs.step(disturbed(labels, envs.action_space, args.noise) if args.noise else labels)
+            data.append((torch.as_tensor(seen), torch.as_tensor(labels)))
+            run.advance(progress)
+            counter.episodes += len(progress.episodes)
+            if progress.episodes:
                 run.log([], demonstrations=counter.episodes.item())
-                logged_step = run.step
 
         # Do as it does.
-        if not run.stopped and counter.fitted_at != run.step:
-            metrics = fit(policy, optimizer, data.tensors, args, run, gradient_of)
+        if counter.fitted_at != run.step and not run.stopped:
+            pairs = [x.to(run.device) for x in data.state_dict().values()]
+            metrics = fit(policy, optimizer, pairs, args, run, gradient_of)
             if not run.stopped:
                 run.log(metrics, demonstrations=counter.episodes.item())
                 counter.fitted_at.fill_(run.step)
         if not run.stopped:
             limit = envs.time_limit or 10 * run.longest_episode or 1000  # as of the policy
-            seen = np.array([x[1] for x in dataset[2]]) if dataset else None
-            returns = seen if dataset else evaluate(Player(expert), args, max_episode_steps=limit)
-            tqdm.write(f"the expert: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+            player = nn.PReLU()  # a module for `evaluate`, which plays where its parameter is: on the CPU
+            player.forward = lambda obs: torch.as_tensor(expert(obs.numpy()))
+            played = [x for *_, x in dataset] or evaluate(player, args, max_episode_steps=limit)
+            tqdm.write(f"the expert: {np.mean(played):.2f} ± {np.std(played):.2f} over {len(played)} episodes")
         return run.finish(policy)
 
 
@@ -633,42 +459,31 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
     for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
         stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--env-id", "--env_id", default=Args.env_id)
-    early.add_argument("--resume")
-    known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
-    if known.resume:
-        defaults = load_checkpoint(known.resume)["args"]
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    defaults = replace(Args(), **{"env_id": given.env_id} | RECOMMENDED.get(given.env_id, {}))
+    if given.resume:
+        defaults = load_checkpoint(given.resume)["args"]
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
-    args = tyro.cli(Args, default=defaults, args=argv, description=description)
-    if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
-        fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
-    return args
-
-
-def check_args(args: Args) -> None:
-    """Refuses a value outside the range that its type in Args names."""
-    for name, hint in get_type_hints(Args, include_extras=True).items():
-        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
-        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
-            if not all(x is None or low <= x <= high for x in values):
-                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
+    return tyro.cli(Args, default=defaults, args=argv, description=f"Settings taken with --env-id alone:\n\n{table}")
 
 
 def load_checkpoint(folder: str, **modules) -> dict:
     """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
-    try:
-        mmap = sys.platform != "win32"  # there a file that optimisers still read from could not be replaced
-        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=mmap)
-        if state["algo"] != ALGO:
-            raise ValueError(f"it is {state['algo']}.py's")
-        state["args"] = Args(**state["args"])
+    try:  # without mmap on Windows, where a file that optimisers still read from could not be replaced
+        state = torch.load(Path(folder, "checkpoint.pt"), "cpu", weights_only=True, mmap=sys.platform != "win32")
+        state["args"] = {ALGO: Args}[state["algo"]](**state["args"])  # a KeyError names the script that it is of
         for name, module in modules.items():
             module.load_state_dict(state[name])
     except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
@@ -679,10 +494,9 @@ def load_checkpoint(folder: str, **modules) -> dict:
 def make_env(args: Args, **kwargs) -> gym.Env:
     """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
     try:
-        env = gym.make(args.env_id, **kwargs)
+        env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {}, **kwargs)
     except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
-        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
-        hint = "--capture-video needs it to render" if "render_mode" in kwargs else hint
+        hint = "kwargs go into gym.register; ppo_atari.py and dqn_atari.py play Atari; --capture-video needs rgb_array"
         fail(f"--env-id {args.env_id}: {error} ({hint})")
     plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
     return env if plain else gym.wrappers.FlattenObservation(env)
@@ -695,27 +509,26 @@ class Envs:
     """
 
     def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
-        kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
-        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
-        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
-        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        self.envs, self.num_envs = [make_env(args, **kwargs) for _ in range(num_envs)], num_envs
+        self.observation_space, space = self.envs[0].observation_space, self.envs[0].action_space
+        self.action_space, self.time_limit = space, self.envs[0].spec.max_episode_steps
         index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
         self.dtype = np.int64 if index else np.uint8 if image else np.float32
         self.episodes = []  # (environment, return, length) of those that ended in the last step
         if len(self.observation_space.shape) == 3:
             fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
-        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
-            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
-            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
-            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+        odd = isinstance(space, Box) and space.dtype.kind != "f" or len(space.shape or ()) > 1
+        if odd or not isinstance(space, action_spaces):
+            takes = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box; a Box is to be a vector of floats"
+            fail(f"{args.env_id} has the actions {space}; {ALGO}.py cannot take them ({takes})")
 
-    def film(self, args: Args, folder: str, name: str) -> None:
-        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
-        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], folder, name_prefix=name)
+    def film(self, folder: Path, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, and on from there to 1000 images at most."""
+        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], str(folder), name_prefix=name, video_length=1000)
 
     def reset(self, seed: int) -> np.ndarray:
         """First observations (N, …); environment i is seeded with seed + i."""
-        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
 
     def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
@@ -723,21 +536,17 @@ class Envs:
 
         The two observations differ where an episode ended: it reached its final one, and the next one has begun.
         """
-        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
-        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        reached = np.empty((self.num_envs, *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(self.num_envs), np.empty((2, self.num_envs), bool)
         for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
-            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
-            rewards[i] = reward = float(reward)
-            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
-            if self.lengths[i] == 1000 and getattr(env, "recording", False):
-                env.stop_recording()  # its frames are kept in memory
-        finite("reward", rewards)
-        finite("observation", reached)
-        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
-        for i, *_ in self.episodes:
-            obs = reached.copy() if obs is reached else obs
-            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
-        return obs, reached, rewards, terminated, truncated
+            reached[i], rewards[i], terminated[i], truncated[i], _ = env.step(action)
+        self.returns, self.lengths = self.returns + finite("reward", rewards), self.lengths + 1
+        ended = np.flatnonzero(terminated | truncated)
+        self.episodes = [(i, float(self.returns[i]), int(self.lengths[i])) for i in ended]
+        obs = reached.copy() if len(ended) else reached
+        for i in ended:
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0, 0
+        return obs, finite("observation", reached), rewards.astype(np.float32), terminated, truncated
 
     def close(self) -> None:
         """Closes them all."""
@@ -745,31 +554,31 @@ class Envs:
             env.close()
 
 
-def finite(name: str, numbers: np.ndarray) -> np.ndarray:
-    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
-    if not np.isfinite(numbers).all():
-        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
-    return numbers
-
-
 class Run(ExitStack):
     """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
 
     def __init__(self, args: Args):
         super().__init__()
-        check_args(args)
-        self.args, self.step, self.saved_step, self.longest_episode = args, 0, 0, 0
-        self.updates = 0  # gradient steps, in files whose schedules count them
-        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        if kind != "cpu" and not getattr(torch, kind).is_available():
-            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        for name, hint in get_type_hints(Args, include_extras=True).items():
+            values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+            for low, high, text in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+                if not all(x is None or low <= x <= high for x in values):
+                    fail(f"--{name.replace('_', '-')} {value} must be {text}")
         if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
-        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.args, self.dir, self.recent_returns, self.stopped = args, Path(os.devnull), deque(maxlen=100), False
+        self.step = self.updates = self.longest_episode = self.saved_step = 0  # updates: gradient steps
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(best if args.device == "auto" else args.device)
+        if self.device.type != "cpu" and not getattr(torch, self.device.type).is_available():
+            fail(f"--device {args.device}: PyTorch {torch.__version__} finds no such device here; use --device auto")
         self.callback(torch.set_num_threads, torch.get_num_threads())
         self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         if args.compile:
-            self.compile_backward()
+            if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+                fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+            if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # takes loss.backward() into the graph
+                self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
 
         def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
             self.stopped = True
@@ -779,21 +588,16 @@ class Run(ExitStack):
             for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
                 self.callback(signal.signal, number, signal.signal(number, stop))
         torch.set_num_threads(args.torch_threads)
-        random.seed(args.seed)
-        np.random.seed(args.seed)  # for environments that draw from these two; a checkpoint has PyTorch's state alone
-        torch.manual_seed(args.seed)
-
-    def compile_backward(self) -> None:
-        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
-        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
-            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
-        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
-            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # the first two for environments that use them
+            seed(args.seed)
 
     def __exit__(self, kind, error, trace) -> bool:
         super().__exit__(kind, error, trace)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        unfinished = self.dir / "checkpoint.tmp"
+        full = unfinished.exists() or getattr(error, "errno", None) == errno.ENOSPC
+        if full and isinstance(error, OSError | RuntimeError):
+            unfinished.unlink(missing_ok=True)
+            fail(f"{error}; is the disk full? The checkpoint of step {self.saved_step} stays", code=1)
         if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return isinstance(error, BrokenPipeError)
@@ -811,40 +615,40 @@ class Run(ExitStack):
             fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
             state = load_checkpoint(args.resume, **modules)
+            if replace(state["args"], resume=args.resume, total_timesteps=args.total_timesteps) != args:
+                fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
             self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
             self.saved_step = self.step
             torch.set_rng_state(state["rng"])
             torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         self.start_time = time.time() - state["seconds"]
         self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
-        about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
-        about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
+        versions = {"python": sys.version.split()[0]} | {x.__name__: x.__version__ for x in (torch, gym, np)}
+        about = {"algo": ALGO, "args": asdict(replace(args, resume=None)), "versions": versions}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
         if args.capture_video:
-            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
+            envs.film(self.dir / "videos", f"from-step-{self.step}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
         self.callback(self.writer.close)
         if not args.resume:
             self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
         recommended, given = RECOMMENDED.get(args.env_id, {}), asdict(args)
-        taken = " ".join(f"{name}={given[name]}" for name in recommended if given[name] == recommended[name])
-        other = " ".join(f"{name}={given[name]}" for name in recommended if given[name] != recommended[name])
-        print(f"recommended settings taken: {taken or 'none'}; overridden: {other or 'none'}", flush=True)
+        words = (f"{x}={given[x]}" + f" (not {value})" * (given[x] != value) for x, value in recommended.items())
+        print(f"recommended settings: {' '.join(words) or 'none'}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
         self.callback(self.bar.close)
 
     def new_dir(self) -> Path:
         """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
-        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        env_id = re.sub(r"[^\w.=-]+", "-", self.args.env_id)  # Windows refuses colons, for instance
+        path = Path(self.args.output_dir).expanduser() / f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+            for name in itertools.chain([path], (f"{path}_{n}" for n in itertools.count(1))):
                 with suppress(FileExistsError):
-                    path.mkdir()
-                    return path
+                    os.makedirs(name)
+                    return Path(name)
         except OSError as error:
             fail(f"--output-dir {self.args.output_dir}: {error}")
 
@@ -860,16 +664,12 @@ class Run(ExitStack):
         if not all(x.isfinite().all() for network in networks for x in network.parameters()):
             fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
         state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
-        try:
-            torch.save(state, self.dir / "checkpoint.tmp")
-            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
-        except (OSError, RuntimeError) as error:
-            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
-            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None)), "rng": torch.get_rng_state()}
+        state |= {"seconds": time.time() - self.start_time, "cuda_rng": torch.cuda.get_rng_state_all()}
+        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
+        torch.save(state, self.dir / "checkpoint.tmp")
+        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
         self.saved_step = self.step
 
     def advance(self, envs) -> None:
@@ -884,14 +684,14 @@ class Run(ExitStack):
 
     def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
         """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
-        names = dict.fromkeys(itertools.chain(*metrics))
-        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
-        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
-            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
         charts["SPS"] = self.step / (time.time() - self.start_time)
-        for group, values in (("losses", losses), ("charts", charts)):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{group}/{name}", value, self.step)
+        scalars = {f"charts/{name}": value for name, value in charts.items()}
+        for name in dict.fromkeys(itertools.chain(*metrics)):
+            scalars[f"losses/{name}"] = value = torch.stack([x[name] for x in metrics if name in x]).mean().item()
+            if not math.isfinite(value):
+                fail(f"{name} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.step)
         self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
         self.bar.update(self.step - self.bar.n)
 

@@ -17,15 +17,14 @@ order of ε T in T steps, where cloning (bc.py) may pay ε T². It needs an expe
 - The loss ℓ is the cross-entropy for Discrete actions, and the square for a Box, whose bounds become [−1, 1].
 - The last learner is exported and evaluated; the paper ends with the one that does best on validation.
 
---expert takes the policy.pt2 of any script here or a model of Stable-Baselines3 (.zip), and executes no code in them.
-Without it Stable-Baselines3 trains one, kept in {output-dir}/experts for runs that ask for the same.
+--expert takes your own policy.pt2, as PyTorch may execute what it holds, or a model of Stable-Baselines3 (.zip), whose
+pickles stay closed. Without it Stable-Baselines3 trains one, kept in {output-dir}/experts for runs that ask the same.
 
     python algos/dagger.py                                        # CartPole-v1; trains an expert first
     python algos/dagger.py --env-id HalfCheetah-v5 --expert runs/HalfCheetah-v5__sac__1__…/policy.pt2
     python algos/dagger.py --beta-decay 0.7 --steps-per-iteration 500
 """
 
-import argparse
 import copy
 import errno
 import hashlib
@@ -45,7 +44,7 @@ import threading
 import time
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -61,7 +60,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest and both in words, for check_args
+Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest, in words: Run checks them
 Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
 Fraction = Annotated[float, (0, 1, "from 0 to 1")]
 Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
@@ -87,7 +86,7 @@ class Args:
     num_envs: Count = 1  # parallel environments N
 
     # expert
-    expert: str | None = None  # policy.pt2 of a script here, or a model of Stable-Baselines3 (.zip); None trains one
+    expert: str | None = None  # your own policy.pt2, as it may hold code, or a Stable-Baselines3 .zip; None trains one
     expert_timesteps: Count = 100_000  # environment steps that an expert is trained for
 
     # algorithm
@@ -99,13 +98,11 @@ class Args:
     hidden_sizes: tuple[Count, ...] = (64, 64)  # ReLU layers of the policy
 
 
-# fmt: off
 MUJOCO = dict(total_timesteps=20_000, epochs=100, batch_size=256, hidden_sizes=(256, 256))
 RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit flag wins
     "Pendulum-v1": dict(total_timesteps=20_000, expert_timesteps=10_000),
     **{f"{name}-v5": MUJOCO for name in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid")},
 }
-# fmt: on
 
 
 # Networks ---------------------------------------------------------------------------------------------------
@@ -117,20 +114,6 @@ def relu_mlp(sizes: list[int]) -> nn.Sequential:
     for inputs, outputs in itertools.pairwise(sizes[:-1]):
         layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
-
-
-class ToBox(nn.Module):
-    """Actions (…, A) → what a Box takes: within its bounds, rounded where it holds integers, in its dtype."""
-
-    def __init__(self, space: Box):
-        super().__init__()
-        self.dtype, exact = torch.as_tensor(space.low).dtype, np.float32 if space.dtype == np.float32 else np.float64
-        self.register_buffer("bounds", torch.as_tensor(np.stack([space.low, space.high]).astype(exact)))
-
-    def forward(self, actions: Tensor) -> Tensor:
-        """(…, A), of any float type."""
-        actions = actions.clamp(*self.bounds)
-        return (actions if self.dtype.is_floating_point else actions.round()).to(self.dtype)
 
 
 class Learner(nn.Module):
@@ -148,7 +131,8 @@ class Learner(nn.Module):
         self.register_buffer("std", torch.ones(inputs))
         outputs = int(action_space.n) if self.discrete else action_space.shape[0]
         self.network = relu_mlp([inputs, *hidden_sizes, outputs])
-        self.to_box = None if self.discrete else ToBox(action_space)
+        if not self.discrete:
+            self.register_buffer("bounds", torch.as_tensor(np.stack([action_space.low, action_space.high])))
 
     @torch.no_grad()
     def standardise(self, obs: Tensor) -> None:
@@ -168,38 +152,24 @@ class Learner(nn.Module):
         outputs = self.outputs(obs)
         if self.discrete:
             return outputs.argmax(-1) + int(self.action_space.start)
-        low, high = self.to_box.bounds
-        return self.to_box(low + (outputs + 1) / 2 * (high - low))
+        low, high = self.bounds
+        return (low + (outputs + 1) / 2 * (high - low)).clamp(low, high)
 
 
 # The maths --------------------------------------------------------------------------------------------------
 
 
-class LabelledStates:
-    """All observations so far and the expert's actions there, as `tensors` (B, …) of both."""
-
-    def __init__(self, device: torch.device):
-        self.batches, self.device = [], device
-
-    def add(self, obs: np.ndarray, actions: np.ndarray) -> None:
-        """One more batch; actions become float32, or int64 of a Discrete space."""
-        actions = torch.as_tensor(actions, device=self.device)
-        actions = actions.float() if actions.ndim > 1 else actions.long()
-        self.batches.append((torch.as_tensor(obs, device=self.device), actions))
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Observations and actions."""
-        self.batches = [tuple(map(torch.cat, zip(*self.batches)))]
-        return self.batches[0]
+class LabelledStates(list):
+    """Batches of observations and the expert's actions there, (B, …) each."""
 
     def state_dict(self) -> dict:
-        """What a checkpoint holds."""
-        return dict(zip(("observations", "actions"), self.tensors)) if self.batches else {}
+        """All of them so far, as one batch: for the fit, and for a checkpoint."""
+        self[:] = [tuple(map(torch.cat, zip(*self)))] if self else []
+        return dict(zip(("observations", "actions"), self[0])) if self else {}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes over what `state_dict` gave."""
-        self.batches = [tuple(x.to(self.device, copy=True) for x in state.values())] if state else []
+        self[:] = [tuple(state.values())] if state else []
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,102 +185,17 @@ def dagger_gradient(learner: Learner, obs: Tensor, actions: Tensor) -> dict[str,
     if learner.discrete:
         loss = F.cross_entropy(outputs, actions - int(learner.action_space.start))
     else:
-        low, high = learner.to_box.bounds
+        low, high = learner.bounds
         loss = F.mse_loss(outputs, (2 * (actions - low) / (high - low) - 1).float())
     loss.backward()
     return {"imitation_loss": loss.detach()}
 
 
-class FlatAdam(torch.optim.Adam):
-    """torch.optim.Adam on all parameters as one vector, of which they become views: the same numbers, a tenth faster.
-
-    Gradients stay ordinary tensors, which `step` gathers. What it cannot do right it refuses.
-    """
-
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, **settings):
-        self.parameters = list(params)
-        kinds = {(p.dtype, p.device) if isinstance(p, Tensor) else None for p in self.parameters}
-        if len(kinds) > 1 or None in kinds:
-            raise TypeError("FlatAdam takes parameters of one group, type and device: take torch.optim.Adam instead")
-        vector = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
-        for p, view in zip(self.parameters, vector.data.split([p.numel() for p in self.parameters])):
-            p.data = view.view_as(p)
-        self.pointers = [p.data_ptr() for p in self.parameters]
-        super().__init__([vector], lr, fused=True, **settings)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the parameters' gradients."""
-        super().zero_grad()  # of groups that were added
-        for p in self.parameters:
-            p.grad = None
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step down the parameters' .grad: torch.optim.Adam's kernel, with little of the Python around it."""
-        if closure or any(p.grad is None or p.data_ptr() != x for p, x in zip(self.parameters, self.pointers)):
-            raise RuntimeError("FlatAdam: a parameter has no gradient, or new memory: take torch.optim.Adam instead")
-        group, vector = self.param_groups[0], self.param_groups[0]["params"][0]
-        vector.grad = torch.cat([p.grad.flatten() for p in self.parameters])
-        state, unusual = self.state[vector], len(self.param_groups) > 1 or group["decoupled_weight_decay"]
-        if vector.is_cuda or not state or unusual or group["amsgrad"]:
-            group["capturable"] = vector.is_cuda and torch.cuda.is_current_stream_capturing()  # in a CUDA graph
-            return super().step()
-        state["step"] += 1
-        tensors = [vector], [vector.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]
-        settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
-        torch._fused_adam_(*tensors, beta1=group["betas"][0], beta2=group["betas"][1], **settings)
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, the backward pass in the function included; on CUDA as CUDA graphs, whose results are copied."""
-    graphs = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
-    return lambda *inputs: {name: x.clone() for name, x in graphs(*inputs).items()}
-
-
 # The expert: arrays of observations (N, …) → arrays of actions (N, …) -----------------------------------------
 
 
-class Player(nn.Module):
-    """An expert as a policy that `evaluate` can play."""
-
-    def __init__(self, expert: Callable):
-        super().__init__()
-        self.expert, self.on_cpu = expert, nn.Parameter(torch.zeros(()))  # `evaluate` looks where parameters are
-
-    def forward(self, obs: Tensor) -> Tensor:
-        """Actions (N, …)."""
-        return torch.as_tensor(self.expert(obs.numpy()))
-
-
-def load_policy(path: Path) -> Callable:
-    """The policy of a policy.pt2: tensors and a graph of PyTorch's operators.
-
-    torch.export.load executes pickles, and strings like code: it gets a copy without them.
-    """
-    tree = r'(null|type|context|children_spec|builtins\.(tuple|dict|list)|[\s\d\[\]{}",:\\])*'
-    word, operator = rf"[\w.+]*|Symbol\('s\d+'(, \w+=True)*\)|{tree}", r"torch\.ops\.aten\.(?!from_file)\w+\.\w+"
-    plain = r"\w+/(data/(weights/weight|constants/tensor)_\d+|archive_\w+|byteorder|\.data/\w+)"
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copied := io.BytesIO(), "w") as kept:
-        for name in archive.namelist():
-            data = b"" if name.endswith("sample_inputs/model.pt") else archive.read(name)
-            if name.endswith(".json"):
-                about = json.loads(data)
-                for node in about["graph_module"]["graph"]["nodes"] if "graph_module" in about else ():
-                    node["metadata"] = {}  # the lines that it comes from
-                data = json.dumps(about)
-                bad = [x for x in re.findall(r'"((?:\\.|[^"\\])*)"', data) if not re.fullmatch(word, x)]
-                bad += [x for x in re.findall(r'"target": "(.*?)"', data) if not re.fullmatch(operator, x)]
-                if bad := bad + re.findall(r'"use_pickle": (?!false)', data):
-                    raise ValueError(f"it holds {bad[0]:.40}")
-            if not data or name.endswith(".json") or re.fullmatch(plain, name):
-                kept.writestr(name, data)
-    copied.seek(0)
-    policy = torch.export.load(copied).module()
-    return lambda obs: policy(torch.as_tensor(obs)).numpy(force=True)
-
-
-def load_sb3(path: Path, *spaces: gym.Space) -> Callable:
-    """The policy of a Stable-Baselines3 model, from its weights and its settings, but for those that are pickles."""
+def load_sb3(path: Path, envs) -> Callable:
+    """The policy in a Stable-Baselines3 model, of tensors: from its weights and settings, those in pickles left out."""
     with zipfile.ZipFile(path) as archive:
         about = json.loads(archive.read("data"))
         weights = torch.load(io.BytesIO(archive.read("policy.pth")), map_location="cpu", weights_only=True)
@@ -324,9 +209,10 @@ def load_sb3(path: Path, *spaces: gym.Space) -> Callable:
     if match := re.fullmatch(r"<class 'torch\.nn\.modules\.activation\.(\w+)'>", settings.get("activation_fn", "")):
         settings["activation_fn"] = getattr(nn, match[1])
     settings |= {"use_sde": about["use_sde"]} if name == "ActorCriticPolicy" else {}
+    spaces = envs.observation_space, envs.action_space
     policy = getattr(importlib.import_module(module), name)(*spaces, lambda _: 0.0, **settings)
     policy.load_state_dict(weights)
-    return lambda obs: policy.predict(obs, deterministic=True)[0]
+    return lambda obs: torch.as_tensor(policy.predict(obs.numpy(), deterministic=True)[0])
 
 
 def train_expert(args: Args, path: Path, run) -> None:
@@ -334,16 +220,13 @@ def train_expert(args: Args, path: Path, run) -> None:
     from stable_baselines3 import PPO, SAC
     from stable_baselines3.common.env_util import make_vec_env
 
-    discrete = isinstance(make_env(args).action_space, Discrete)
-    envs = make_vec_env(lambda: make_env(args), 8 if discrete else 1, seed=1)
-    if discrete:
-        settings = dict(n_steps=32, batch_size=256, n_epochs=20, gae_lambda=0.8, gamma=0.98)
+    algo, num_envs, settings = SAC, 1, dict(learning_rate=1e-3)
+    if isinstance(make_env(args).action_space, Discrete):
+        algo, num_envs, settings = PPO, 8, dict(n_steps=32, batch_size=256, n_epochs=20, gae_lambda=0.8, gamma=0.98)
         settings |= dict(learning_rate=lambda remaining: 1e-3 * remaining, clip_range=lambda remaining: 0.2 * remaining)
-        model = PPO("MlpPolicy", envs, seed=1, device="cpu", **settings)
-    else:
-        model = SAC("MlpPolicy", envs, learning_rate=1e-3, seed=1, device="cpu")
+    model = algo("MlpPolicy", make_vec_env(lambda: make_env(args), num_envs, 1), seed=1, device="cpu", **settings)
     with tqdm(total=args.expert_timesteps, unit="step", desc=f"expert for {args.env_id}") as bar:
-        model.learn(args.expert_timesteps, lambda *_: (bar.update(envs.num_envs), not run.stopped)[1])
+        model.learn(args.expert_timesteps, lambda *_: (bar.update(num_envs), not run.stopped)[1])
     if run.stopped:
         raise SystemExit(130)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -354,29 +237,23 @@ def train_expert(args: Args, path: Path, run) -> None:
 @torch.random.fork_rng()  # Stable-Baselines3 seeds the whole process
 def find_expert(args: Args, envs, run) -> Callable:
     """The expert of --expert, or one of Stable-Baselines3: trained now, or before by the same code for the same."""
-    path, space, known = Path(args.expert or ""), envs.action_space, True
-    if args.expert is None:
-        if importlib.util.find_spec("stable_baselines3") is None:
-            fail("training an expert needs stable-baselines3: pip install stable-baselines3, or give one with --expert")
-        if isinstance(space, Box) and (space.dtype.kind != "f" or not ToBox(space).bounds.diff(dim=0).isfinite().all()):
-            fail(f"no expert is trained here for {args.env_id}, whose actions are {space}: give one with --expert")
-        versions = [importlib.metadata.version(x) for x in ("stable-baselines3", "gymnasium", "torch")]
-        recipe = repr((envs.envs[0].spec, versions, inspect.getsource(train_expert)))
-        name = f"{envs.envs[0].spec.id.replace('/', '-')}__{args.expert_timesteps}"
-        path = Path(args.output_dir, "experts").expanduser()
-        path /= f"{name}__{hashlib.sha256(recipe.encode()).hexdigest()[:8]}.zip"
-        if not (known := path.exists()):
-            train_expert(args, path, run)
+    space, spec = envs.action_space, envs.envs[0].spec
+    recipe = hashlib.sha256(repr((spec, inspect.getsource(train_expert))).encode()).hexdigest()
+    name = f"{spec.id.replace('/', '-')}__{args.expert_timesteps}__{recipe[:8]}.zip"
+    path = Path(args.expert or Path(args.output_dir, "experts", name)).expanduser()
+    known = args.expert or path.exists()
     try:
-        act = load_sb3(path, envs.observation_space, space) if path.suffix == ".zip" else load_policy(path)
-        expert, to_box = (lambda obs: to_box(torch.as_tensor(act(obs))).numpy()), nn.Identity()
+        if not known:
+            train_expert(args, path, run)
+        model = load_sb3(path, envs) if path.suffix == ".zip" else torch.export.load(path).module()
+        act = lambda obs: model(torch.as_tensor(obs)).numpy(force=True)  # noqa: E731
+        expert = (lambda obs: act(obs).clip(space.low, space.high)) if isinstance(space, Box) else act
         obs = np.stack([envs.observation_space.sample() for _ in range(2)]).astype(envs.dtype)
-        fits = expert(obs).shape == (2, *space.shape)
-        to_box = ToBox(space) if isinstance(space, Box) else to_box
-        if not (fits and all(map(space.contains, expert(obs)))):
+        if act(obs).shape != (2, *space.shape) or not all(map(space.contains, expert(obs))):
             raise ValueError(f"its actions are not {space}")
-    except Exception as error:  # whatever is wrong with the file, it is no expert for this environment
-        fail(f"--expert {path} cannot be used for {args.env_id} ({type(error).__name__} {error!s:.250})")
+    except Exception as error:  # whatever is wrong with the file, or the space that an expert was to be trained for
+        way_out = "" if args.expert else "; give an expert, or pip install stable-baselines3 to train one"
+        fail(f"--expert {path} cannot be used for {args.env_id} ({type(error).__name__} {error!s:.250}){way_out}")
     tqdm.write(f"the expert: {path}{'' if known else ', trained now'}")
     return expert
 
@@ -388,13 +265,13 @@ def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
     with Run(args) as run:
         envs = Envs(args, args.num_envs, (Discrete, Box))
-        space, data = envs.action_space, LabelledStates(run.device)
-        if isinstance(space, Box) and not ToBox(space).bounds.float().diff(dim=0).isfinite().all():
+        space, data = envs.action_space, LabelledStates()
+        if isinstance(space, Box) and not (space.high.astype(np.float64) - space.low < np.finfo(np.float32).max).all():
             fail(f"{args.env_id} has the actions {space}, unbounded or too wide to be scaled to; bc.py takes them")
         expert = find_expert(args, envs, run)
         learner = Learner(envs.observation_space, space, args.hidden_sizes).to(run.device)
-        optimizer = FlatAdam(learner.parameters(), args.learning_rate)
-        gradient_of = compiled(dagger_gradient, run.device) if args.compile else dagger_gradient
+        optimizer = torch.optim.Adam(learner.parameters(), args.learning_rate, fused=True)
+        gradient_of = torch.compile(dagger_gradient) if args.compile else dagger_gradient
         iteration_steps = -(-args.steps_per_iteration // args.num_envs) * args.num_envs
         run.start(envs, learner=learner, optimizer=optimizer, data=data)  # all that a checkpoint holds
 
@@ -410,12 +287,12 @@ def train(args: Args) -> dict:
                     own = learner(torch.as_tensor(obs, device=run.device)).numpy(force=True)
                 by_expert = (torch.rand(args.num_envs) < beta).numpy().reshape(-1, *[1] * (own.ndim - 1))
                 disagreements.append(np.abs(own - labels).mean() if space.shape else (own != labels).mean())
-                data.add(obs, labels)
+                data.append((torch.as_tensor(obs), torch.as_tensor(labels)))
                 obs, *_ = envs.step(torch.as_tensor(np.where(by_expert, labels, own)))
                 run.advance(envs)
 
             # Learn from everything so far.
-            states, labels = data.tensors
+            states, labels = (x.to(run.device) for x in data.state_dict().values())
             learner.standardise(states)
             learner.train()
             for _ in range(args.epochs):
@@ -430,7 +307,9 @@ def train(args: Args) -> dict:
 
         if not run.stopped:
             limit = envs.time_limit or 10 * run.longest_episode or 1000  # as of the learner
-            returns = evaluate(Player(expert), args, max_episode_steps=limit)
+            player = nn.PReLU()  # a module for `evaluate`, which plays where its parameter is: on the CPU
+            player.forward = lambda obs: torch.as_tensor(expert(obs.numpy()))
+            returns = evaluate(player, args, max_episode_steps=limit)
             tqdm.write(f"the expert: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
         return run.finish(learner)
 
@@ -446,42 +325,31 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
     for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
         stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--env-id", "--env_id", default=Args.env_id)
-    early.add_argument("--resume")
-    known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
-    if known.resume:
-        defaults = load_checkpoint(known.resume)["args"]
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    defaults = replace(Args(), **{"env_id": given.env_id} | RECOMMENDED.get(given.env_id, {}))
+    if given.resume:
+        defaults = load_checkpoint(given.resume)["args"]
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
-    args = tyro.cli(Args, default=defaults, args=argv, description=description)
-    if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
-        fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
-    return args
-
-
-def check_args(args: Args) -> None:
-    """Refuses a value outside the range that its type in Args names."""
-    for name, hint in get_type_hints(Args, include_extras=True).items():
-        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
-        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
-            if not all(x is None or low <= x <= high for x in values):
-                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
+    return tyro.cli(Args, default=defaults, args=argv, description=f"Settings taken with --env-id alone:\n\n{table}")
 
 
 def load_checkpoint(folder: str, **modules) -> dict:
     """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
-    try:
-        mmap = sys.platform != "win32"  # there a file that optimisers still read from could not be replaced
-        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=mmap)
-        if state["algo"] != ALGO:
-            raise ValueError(f"it is {state['algo']}.py's")
-        state["args"] = Args(**state["args"])
+    try:  # without mmap on Windows, where a file that optimisers still read from could not be replaced
+        state = torch.load(Path(folder, "checkpoint.pt"), "cpu", weights_only=True, mmap=sys.platform != "win32")
+        state["args"] = {ALGO: Args}[state["algo"]](**state["args"])  # a KeyError names the script that it is of
         for name, module in modules.items():
             module.load_state_dict(state[name])
     except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
@@ -492,10 +360,9 @@ def load_checkpoint(folder: str, **modules) -> dict:
 def make_env(args: Args, **kwargs) -> gym.Env:
     """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
     try:
-        env = gym.make(args.env_id, **kwargs)
+        env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {}, **kwargs)
     except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
-        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
-        hint = "--capture-video needs it to render" if "render_mode" in kwargs else hint
+        hint = "kwargs go into gym.register; ppo_atari.py and dqn_atari.py play Atari; --capture-video needs rgb_array"
         fail(f"--env-id {args.env_id}: {error} ({hint})")
     plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
     return env if plain else gym.wrappers.FlattenObservation(env)
@@ -508,27 +375,26 @@ class Envs:
     """
 
     def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
-        kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
-        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
-        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
-        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        self.envs, self.num_envs = [make_env(args, **kwargs) for _ in range(num_envs)], num_envs
+        self.observation_space, space = self.envs[0].observation_space, self.envs[0].action_space
+        self.action_space, self.time_limit = space, self.envs[0].spec.max_episode_steps
         index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
         self.dtype = np.int64 if index else np.uint8 if image else np.float32
         self.episodes = []  # (environment, return, length) of those that ended in the last step
         if len(self.observation_space.shape) == 3:
             fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
-        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
-            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
-            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
-            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+        odd = isinstance(space, Box) and space.dtype.kind != "f" or len(space.shape or ()) > 1
+        if odd or not isinstance(space, action_spaces):
+            takes = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box; a Box is to be a vector of floats"
+            fail(f"{args.env_id} has the actions {space}; {ALGO}.py cannot take them ({takes})")
 
-    def film(self, args: Args, folder: str, name: str) -> None:
-        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
-        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], folder, name_prefix=name)
+    def film(self, folder: Path, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, and on from there to 1000 images at most."""
+        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], str(folder), name_prefix=name, video_length=1000)
 
     def reset(self, seed: int) -> np.ndarray:
         """First observations (N, …); environment i is seeded with seed + i."""
-        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
 
     def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
@@ -536,21 +402,17 @@ class Envs:
 
         The two observations differ where an episode ended: it reached its final one, and the next one has begun.
         """
-        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
-        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        reached = np.empty((self.num_envs, *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(self.num_envs), np.empty((2, self.num_envs), bool)
         for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
-            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
-            rewards[i] = reward = float(reward)
-            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
-            if self.lengths[i] == 1000 and getattr(env, "recording", False):
-                env.stop_recording()  # its frames are kept in memory
-        finite("reward", rewards)
-        finite("observation", reached)
-        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
-        for i, *_ in self.episodes:
-            obs = reached.copy() if obs is reached else obs
-            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
-        return obs, reached, rewards, terminated, truncated
+            reached[i], rewards[i], terminated[i], truncated[i], _ = env.step(action)
+        self.returns, self.lengths = self.returns + finite("reward", rewards), self.lengths + 1
+        ended = np.flatnonzero(terminated | truncated)
+        self.episodes = [(i, float(self.returns[i]), int(self.lengths[i])) for i in ended]
+        obs = reached.copy() if len(ended) else reached
+        for i in ended:
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0, 0
+        return obs, finite("observation", reached), rewards.astype(np.float32), terminated, truncated
 
     def close(self) -> None:
         """Closes them all."""
@@ -558,31 +420,31 @@ class Envs:
             env.close()
 
 
-def finite(name: str, numbers: np.ndarray) -> np.ndarray:
-    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
-    if not np.isfinite(numbers).all():
-        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
-    return numbers
-
-
 class Run(ExitStack):
     """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
 
     def __init__(self, args: Args):
         super().__init__()
-        check_args(args)
-        self.args, self.step, self.saved_step, self.longest_episode = args, 0, 0, 0
-        self.updates = 0  # gradient steps, in files whose schedules count them
-        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        if kind != "cpu" and not getattr(torch, kind).is_available():
-            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        for name, hint in get_type_hints(Args, include_extras=True).items():
+            values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+            for low, high, text in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+                if not all(x is None or low <= x <= high for x in values):
+                    fail(f"--{name.replace('_', '-')} {value} must be {text}")
         if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
-        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.args, self.dir, self.recent_returns, self.stopped = args, Path(os.devnull), deque(maxlen=100), False
+        self.step = self.updates = self.longest_episode = self.saved_step = 0  # updates: gradient steps
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(best if args.device == "auto" else args.device)
+        if self.device.type != "cpu" and not getattr(torch, self.device.type).is_available():
+            fail(f"--device {args.device}: PyTorch {torch.__version__} finds no such device here; use --device auto")
         self.callback(torch.set_num_threads, torch.get_num_threads())
         self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         if args.compile:
-            self.compile_backward()
+            if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+                fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+            if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # takes loss.backward() into the graph
+                self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
 
         def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
             self.stopped = True
@@ -592,21 +454,16 @@ class Run(ExitStack):
             for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
                 self.callback(signal.signal, number, signal.signal(number, stop))
         torch.set_num_threads(args.torch_threads)
-        random.seed(args.seed)
-        np.random.seed(args.seed)  # for environments that draw from these two; a checkpoint has PyTorch's state alone
-        torch.manual_seed(args.seed)
-
-    def compile_backward(self) -> None:
-        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
-        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
-            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
-        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
-            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # the first two for environments that use them
+            seed(args.seed)
 
     def __exit__(self, kind, error, trace) -> bool:
         super().__exit__(kind, error, trace)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        unfinished = self.dir / "checkpoint.tmp"
+        full = unfinished.exists() or getattr(error, "errno", None) == errno.ENOSPC
+        if full and isinstance(error, OSError | RuntimeError):
+            unfinished.unlink(missing_ok=True)
+            fail(f"{error}; is the disk full? The checkpoint of step {self.saved_step} stays", code=1)
         if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return isinstance(error, BrokenPipeError)
@@ -624,40 +481,40 @@ class Run(ExitStack):
             fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
             state = load_checkpoint(args.resume, **modules)
+            if replace(state["args"], resume=args.resume, total_timesteps=args.total_timesteps) != args:
+                fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
             self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
             self.saved_step = self.step
             torch.set_rng_state(state["rng"])
             torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         self.start_time = time.time() - state["seconds"]
         self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
-        about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
-        about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
+        versions = {"python": sys.version.split()[0]} | {x.__name__: x.__version__ for x in (torch, gym, np)}
+        about = {"algo": ALGO, "args": asdict(replace(args, resume=None)), "versions": versions}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
         if args.capture_video:
-            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
+            envs.film(self.dir / "videos", f"from-step-{self.step}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
         self.callback(self.writer.close)
         if not args.resume:
             self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
         recommended, given = RECOMMENDED.get(args.env_id, {}), asdict(args)
-        taken = " ".join(f"{name}={given[name]}" for name in recommended if given[name] == recommended[name])
-        other = " ".join(f"{name}={given[name]}" for name in recommended if given[name] != recommended[name])
-        print(f"recommended settings taken: {taken or 'none'}; overridden: {other or 'none'}", flush=True)
+        words = (f"{x}={given[x]}" + f" (not {value})" * (given[x] != value) for x, value in recommended.items())
+        print(f"recommended settings: {' '.join(words) or 'none'}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
         self.callback(self.bar.close)
 
     def new_dir(self) -> Path:
         """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
-        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        env_id = re.sub(r"[^\w.=-]+", "-", self.args.env_id)  # Windows refuses colons, for instance
+        path = Path(self.args.output_dir).expanduser() / f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+            for name in itertools.chain([path], (f"{path}_{n}" for n in itertools.count(1))):
                 with suppress(FileExistsError):
-                    path.mkdir()
-                    return path
+                    os.makedirs(name)
+                    return Path(name)
         except OSError as error:
             fail(f"--output-dir {self.args.output_dir}: {error}")
 
@@ -673,16 +530,12 @@ class Run(ExitStack):
         if not all(x.isfinite().all() for network in networks for x in network.parameters()):
             fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
         state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
-        try:
-            torch.save(state, self.dir / "checkpoint.tmp")
-            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
-        except (OSError, RuntimeError) as error:
-            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
-            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None)), "rng": torch.get_rng_state()}
+        state |= {"seconds": time.time() - self.start_time, "cuda_rng": torch.cuda.get_rng_state_all()}
+        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
+        torch.save(state, self.dir / "checkpoint.tmp")
+        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
         self.saved_step = self.step
 
     def advance(self, envs) -> None:
@@ -697,14 +550,14 @@ class Run(ExitStack):
 
     def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
         """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
-        names = dict.fromkeys(itertools.chain(*metrics))
-        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
-        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
-            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
         charts["SPS"] = self.step / (time.time() - self.start_time)
-        for group, values in (("losses", losses), ("charts", charts)):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{group}/{name}", value, self.step)
+        scalars = {f"charts/{name}": value for name, value in charts.items()}
+        for name in dict.fromkeys(itertools.chain(*metrics)):
+            scalars[f"losses/{name}"] = value = torch.stack([x[name] for x in metrics if name in x]).mean().item()
+            if not math.isfinite(value):
+                fail(f"{name} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.step)
         self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
         self.bar.update(self.step - self.bar.n)
 

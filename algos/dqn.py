@@ -42,7 +42,7 @@ import sys
 import threading
 import time
 from collections import deque, namedtuple
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -110,11 +110,10 @@ RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit f
     "CartPole-v1": dict(
         total_timesteps=50_000, train_frequency=64, gradient_steps=32, learning_rate=2e-3, anneal_lr=True, gamma=0.98,
         n_step=3, target_frequency=128, exploration_end=0.04, exploration_fraction=0.16, hidden_sizes=(128, 128)),
-    "Acrobot-v1": dict(buffer_size=50_000, learning_starts=1),
     "MountainCar-v0": dict(
         total_timesteps=120_000, buffer_size=10_000, train_frequency=16, gradient_steps=8, learning_rate=4e-3,
         gamma=0.98, target_frequency=600, exploration_end=0.07, exploration_fraction=0.2),
-    "LunarLander-v3": dict(buffer_size=50_000, learning_starts=1),
+    **{name: dict(buffer_size=50_000, learning_starts=1) for name in ("Acrobot-v1", "LunarLander-v3")},
 }
 # fmt: on
 
@@ -168,9 +167,8 @@ Transitions = namedtuple("Transitions", "observations actions rewards next_obser
 class ReplayBuffer:
     """The newest transitions of N environments, in tensors that are allocated once.
 
-    A step of all N environments takes N rows, and row i + N, modulo the capacity, is the step after row i's in the same
-    environment; but the newest N rows, those before `position`, are followed by the oldest or by rows never written,
-    which no flag marks. The capacity is the largest multiple of N up to what was asked for, or N.
+    A step takes N rows, of capacity // N · N: row i + N, modulo that, is the step after row i's in its environment, but
+    the newest N rows, before `position`, are followed by the oldest or by rows never written, which no flag marks.
     """
 
     def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
@@ -239,8 +237,7 @@ def epsilon_greedy(q_values: Tensor, epsilon: float) -> Tensor:
 
 def boltzmann(q_values: Tensor, temperature: float) -> Tensor:
     """Actions (N,) in proportion to exp(Q / temperature), by the Gumbel-max trick; q_values (N, A)."""
-    gumbel = -torch.empty_like(q_values).exponential_().log()
-    return (q_values / temperature + gumbel).argmax(-1)
+    return (q_values / temperature - torch.empty_like(q_values).exponential_().log()).argmax(-1)
 
 
 def n_step_transitions(buffer: ReplayBuffer, rows: Tensor, n: int, gamma: float) -> tuple[Transitions, Tensor]:
@@ -263,8 +260,8 @@ def n_step_transitions(buffer: ReplayBuffer, rows: Tensor, n: int, gamma: float)
 def q_target(rewards, terminated, discounts, next_target_q: Tensor, next_q: Tensor | None = None) -> Tensor:
     """y = r + γᵐ Q_θ⁻(s', a*), shape (B,), without the second term where s' is terminal.
 
-    Q_θ⁻(s', ·) is `next_target_q` (B, A). a* is what `next_q`, Q_θ(s', ·), holds highest (Double DQN, the
-    unnumbered equation of arXiv 1509.06461), or without it what Q_θ⁻ does (DQN, eq. 3 there).
+    Q_θ⁻(s', ·) is `next_target_q` (B, A). a* is what `next_q`, Q_θ(s', ·), holds highest (Double DQN, the unnumbered
+    equation of arXiv 1509.06461), or without it what Q_θ⁻ does (DQN, eq. 3 there).
     """
     choosing = next_target_q if next_q is None else next_q
     next_values = next_target_q.gather(1, choosing.argmax(1, keepdim=True)).squeeze(1)
@@ -279,10 +276,7 @@ def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
 
 
 def dqn_gradient(network, target, batch: Transitions, discounts: Tensor | float, args: Args) -> dict[str, Tensor]:
-    """Leaves ∇L(θ), of norm --max-grad-norm at most, in the network's .grad, and returns what to log.
-
-    Discounts γᵐ are (B,), or one for all.
-    """
+    """Leaves ∇L(θ), of norm --max-grad-norm at most, in .grad; discounts γᵐ are (B,), or one. Returns what to log."""
     with torch.no_grad():
         next_q = network.q_values(batch.next_observations) if args.double else None
         next_target_q = target.q_values(batch.next_observations)
@@ -302,60 +296,9 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
         old.copy_(new)
 
 
-class FlatAdam(torch.optim.Adam):
-    """torch.optim.Adam on all parameters as one vector, of which they become views: the same numbers, a tenth faster.
-
-    Gradients stay ordinary tensors, which `step` gathers. What it cannot do right it refuses.
-    """
-
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, **settings):
-        self.parameters = list(params)
-        plain = all(isinstance(p, Tensor) and p.dtype == torch.float32 for p in self.parameters)
-        if not plain or settings.keys() - {"eps", "betas", "weight_decay"}:
-            raise TypeError("FlatAdam: one list of float32, eps, betas, weight_decay, or take torch.optim.Adam instead")
-        vector = nn.utils.parameters_to_vector(self.parameters).detach()
-        nn.utils.vector_to_parameters(vector, self.parameters)  # makes them views of it
-        self.pointers = [p.data_ptr() for p in self.parameters]
-        super().__init__([vector], lr, fused=True, **settings)
-        zeros = {name: torch.zeros_like(vector) for name in ("exp_avg", "exp_avg_sq")}
-        self.state[vector] = {"step": torch.zeros((), device=vector.device)} | zeros
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the parameters' gradients."""
-        for p in self.parameters:
-            p.grad = None
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step down the parameters' .grad, by the kernel of torch.optim.Adam."""
-        whole = all(p.grad is not None and p.data_ptr() == x for p, x in zip(self.parameters, self.pointers))
-        if closure or not whole or len(self.param_groups) > 1:
-            what = "a parameter has no gradient or new memory, or there is a closure or an added group"
-            raise RuntimeError(f"FlatAdam: {what}: take torch.optim.Adam instead")
-        (group,), ((vector, state),) = self.param_groups, self.state.items()
-        gradient, (beta1, beta2) = torch.cat([p.grad.flatten() for p in self.parameters]), group["betas"]
-        state["step"] += 1
-        tensors = [vector], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]
-        settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
-        torch._fused_adam_(*tensors, beta1=beta1, beta2=beta2, **settings)
-
-
-def anneal(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets the learning rate of each of its groups to `factor` times the one that it began with."""
-    for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, the backward pass in the function included; on CUDA as CUDA graphs, whose results are copied."""
-    graphs = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
-    return lambda *inputs: {name: x.clone() for name, x in graphs(*inputs).items()}
-
-
 # Training ---------------------------------------------------------------------------------------------------
 
-LOG_EVERY = 1_000
-"""Environment steps between two points of losses/*, which are means over the updates since the last one."""
+LOG_EVERY = 1_000  # environment steps between two points of losses/*, which are means over the updates since the last
 
 
 def train(args: Args) -> dict:
@@ -371,14 +314,17 @@ def train(args: Args) -> dict:
         spaces = envs.observation_space, envs.action_space
         network = QNetwork(*spaces, args.hidden_sizes).to(run.device)
         target = copy.deepcopy(network).requires_grad_(False).eval()
-        optimizer = FlatAdam(network.parameters(), args.learning_rate)
-        gradient_of = compiled(dqn_gradient, run.device) if args.compile else dqn_gradient
+        optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
+        gradient_of = torch.compile(dqn_gradient) if args.compile else dqn_gradient
         buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, run.device)
+        q_values = torch.no_grad()(network.q_values)
         run.start(envs, network=network, target=target, optimizer=optimizer, buffer=buffer)  # what a checkpoint holds
 
         obs, metrics, logged_step = envs.reset(args.seed + run.step), [], run.step
         while run.goes_on():
-            anneal(optimizer, 1 - run.step / args.total_timesteps if args.anneal_lr else 1)
+            for group in optimizer.param_groups:
+                remaining = 1 - run.step / args.total_timesteps if args.anneal_lr else 1
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * remaining
 
             # Collect a few steps from every environment.
             for _ in range(args.train_frequency):
@@ -387,9 +333,7 @@ def train(args: Args) -> dict:
                 if run.step < args.learning_starts:
                     actions = torch.randint(int(envs.action_space.n), (args.num_envs,), device=run.device)
                 else:
-                    with torch.no_grad():
-                        q_values = network.q_values(torch.as_tensor(obs, device=run.device))
-                    actions = explore(q_values, exploration)
+                    actions = explore(q_values(torch.as_tensor(obs, device=run.device)), exploration)
                 acted_on = obs
                 obs, next_obs, rewards, terminated, truncated = envs.step(network.to_env(actions))
                 buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated)

@@ -1,33 +1,21 @@
 """DQN from pixels, on Atari (Mnih et al. 2015), by default Double DQN (van Hasselt et al. 2016, arXiv 1509.06461).
 
-The algorithm is that of dqn.py, with a convolutional network:
-
     y_t  = r_t + γ r_{t+1} + … + γᵐ⁻¹ r_{t+m−1} + γᵐ Q_θ⁻(s_{t+m}, a*)      no last term if s_{t+m} is terminal
     a*   = argmax_a Q_θ(s_{t+m}, a)                          Double DQN; plain DQN lets Q_θ⁻ choose as well
     L(θ) = E[ℓ(Q_θ(s_t, a_t) − y_t)]                         ℓ: Huber with threshold 1, or half the square
 
-- The replay buffer holds every image once, and builds the observations of 4 images when they are drawn: a million
-  transitions take 7.1 GB instead of 56.
+- The replay buffer holds every image once, and stacks 4 as they are drawn: 7.1 GB for a million transitions, not 56.
 - A step is 4 frames, the last two of them maximised (sprites flicker), grey, 84 × 84: 1 M steps are 4 M frames.
-- Two protocols. `machado` (Machado et al. 2018, arXiv 1709.06009): the emulator repeats the last action with
-  probability 0.25, and a lost life is no termination. `nature` (Mnih et al. 2015): no such repetition, up to 30 frames
-  without action at the start, and a lost life is a termination for learning, though the game goes on; FIRE is pressed
-  for the agent at a game's start, as in OpenAI's Baselines, but not after a lost life. Under both a game ends after
-  108 000 frames at the latest; Mnih et al. evaluated for 5 minutes, 18 000.
-- The training reward is the sign of the game's, so that one step size does for all games; what is logged and evaluated
-  is the score of full games, unclipped, under both protocols.
-- ε falls from 1 to 0.01 over the first tenth of the run; one gradient step for every 4 steps, after 80k random ones:
-  that is the default 2 after a step of 8 environments; with another number of them `--gradient-steps` is to be changed.
-
-Against Stable-Baselines3 (SB3): the same update as DQN with CnnPolicy and `--no-double` (parameters agree to 1e-5,
-tests/test_dqn_atari.py).
+- Protocol `machado` (2018, arXiv 1709.06009): the emulator repeats the last action with probability 0.25. `nature`
+  (Mnih et al. 2015): up to 30 frames without action, then FIRE, begin a game; learning takes a lost life for its end.
+- Learning sees the rewards' signs, so that one step size does for all games; logged and evaluated are full scores.
+- Stable-Baselines3 (SB3) makes the same update in DQN with CnnPolicy, that of `--no-double` (tests/test_dqn_atari.py).
 
     python algos/dqn_atari.py --buffer-size 400_000          # ALE/Pong-v5
     python algos/dqn_atari.py --env-id ALE/Breakout-v5 --protocol nature --n-step 3
     python algos/dqn_atari.py --env-id My/Pixels-v0          # any environment with stacks of uint8 images (C, H, W)
 """
 
-import argparse
 import copy
 import errno
 import hashlib
@@ -43,25 +31,25 @@ import sys
 import threading
 import time
 from collections import deque, namedtuple
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
-import ale_py
+import ale_py  # noqa: F401  (gymnasium knows its environments from here on)
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 from gymnasium.spaces import Box, Discrete
-from gymnasium.utils.save_video import capped_cubic_video_schedule, save_video
+from gymnasium.utils.save_video import save_video
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest and both in words, for check_args
+Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest, in words: Run checks them
 Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
 Fraction = Annotated[float, (0, 1, "from 0 to 1")]
 Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
@@ -93,26 +81,23 @@ class Args:
     learning_starts: Count = 80_000  # environment steps with random actions before the first update
     batch_size: Count = 32  # transitions per gradient step
     train_frequency: Count = 1  # steps of every environment between updates
-    gradient_steps: Count = 2  # gradient steps per update, whatever the number of environments
+    gradient_steps: Count = 2  # gradient steps per update: 2 after 8 environments' steps are one for every 4
     learning_rate: Positive = 1e-4  # Adam's step size
-    anneal_lr: bool = False  # lower the learning rate linearly to 0 at --total-timesteps
     gamma: Fraction = 0.99  # discount γ
     n_step: Count = 1  # rewards n that a target sums before it bootstraps
     double: bool = True  # let the network that is trained choose the target's action (Double DQN)
     loss: Literal["huber", "squared"] = "huber"  # loss ℓ of a temporal difference
     max_grad_norm: Positive = 10.0  # bound on the gradient's global norm
-    target_frequency: Count = 1_000  # environment steps between updates of the target network, after a step of all
-    tau: Fraction = 1.0  # share of the trained network in an update of the target network; 1 copies it
+    target_frequency: Count = 1_000  # environment steps between copies to the target network, after a step of all
     exploration_start: Fraction = 1.0  # ε at the start
     exploration_end: Fraction = 0.01  # ε once --exploration-fraction of the run has passed
     exploration_fraction: Positive = 0.1  # part of --total-timesteps over which it falls, linearly
 
 
-# By environment id: `--env-id` alone takes them, an explicit flag wins.
-RECOMMENDED = {"ALE/Pong-v5": dict(total_timesteps=3_000_000)}
+RECOMMENDED = {"ALE/Pong-v5": dict(total_timesteps=3_000_000)}  # by environment id; an explicit flag wins
 
 
-# Environments and network -----------------------------------------------------------------------------------
+# Environments, network and replay ---------------------------------------------------------------------------
 
 
 class PixelEnvs:
@@ -123,36 +108,29 @@ class PixelEnvs:
     """
 
     def __init__(self, args: Args, num_envs: int, max_episode_steps: int | None = None):
-        gym.register_envs(ale_py)
-        self.num_envs, self.dtype, self.nature = num_envs, np.uint8, args.protocol == "nature"
-        self.episodes, self.ended = [], np.zeros(num_envs, bool)  # episodes: as in Envs
-        options = dict(repeat_action_probability=0.0, noop_max=30, use_fire_reset=True)
-        options = options if self.nature else dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False)
-        options |= dict(reward_clipping=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        if args.env_id.startswith("ALE/"):  # ale_py's own, stepped in C++ threads
-            self.time_limit = max_episode_steps or 27_000  # 108 000 frames
-            options |= dict(full_action_space=args.full_action_space, max_num_frames_per_episode=4 * self.time_limit)
-            try:
-                self.envs = gym.make_vec(args.env_id, num_envs, **options)
-            except (gym.error.Error, AssertionError) as error:
-                fail(f"--env-id {args.env_id}: {error}")
+        self.num_envs, self.dtype, self.nature, self.video = num_envs, np.uint8, args.protocol == "nature", {}
+        atari, same_step = args.env_id.startswith("ALE/"), {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+        if atari:  # ale_py's own, stepped in C++ threads, up to 108 000 frames a game
+            options = dict(repeat_action_probability=0.0 if self.nature else 0.25, noop_max=30 if self.nature else 0)
+            options |= dict(use_fire_reset=self.nature, full_action_space=args.full_action_space, reward_clipping=False)
+            options |= same_step | {"max_num_frames_per_episode": 4 * (max_episode_steps or 27_000)}
         else:
-            makers = [lambda: make_env(args, max_episode_steps=max_episode_steps)] * num_envs
-            self.envs = gym.vector.SyncVectorEnv(makers, autoreset_mode=options["autoreset_mode"])
-            self.time_limit = self.envs.envs[0].spec.max_episode_steps
-        self.observation_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
-        space, self.folder, self.frames, self.filmed = self.observation_space, None, [], 0
-        if space.dtype != np.uint8 or len(space.shape or ()) != 3 or min(space.shape[1:]) < 36:
-            fail(
-                f"{args.env_id} has the observation space {space}; {ALGO}.py needs uint8 images (C, H, W) of at least"
-                " 36 × 36. Atari's games are called ALE/Breakout-v5 and so on; for vectors use ppo.py or dqn.py"
-            )
-        if not isinstance(self.action_space, Discrete):
-            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs Discrete")
+            options = dict(max_episode_steps=max_episode_steps, vectorization_mode="sync", vector_kwargs=same_step)
+        try:
+            self.envs = gym.make_vec(args.env_id, num_envs, **options)
+        except (gym.error.Error, AssertionError, ImportError, TypeError) as error:  # TypeError: it needs arguments
+            fail(f"--env-id {args.env_id}: {error} (kwargs go into gym.register)")
+        self.close, self.time_limit = self.envs.close, 27_000 if atari else self.envs.spec.max_episode_steps
+        self.observation_space = space = self.envs.single_observation_space
+        self.action_space = self.envs.single_action_space
+        images = space.dtype == np.uint8 and len(space.shape or ()) == 3 and min(space.shape[1:]) >= 36
+        if not (images and isinstance(self.action_space, Discrete)):
+            needs = "uint8 images (C, H, W) of at least 36 × 36 and Discrete actions; ppo.py and dqn.py take vectors"
+            fail(f"{args.env_id} has {space}, {self.action_space}; {ALGO}.py needs {needs}; Atari's are ALE/Pong-v5 …")
 
-    def film(self, args: Args, folder: str, name: str) -> None:
-        """Films games 0, 1, 8, 27, 64 … of the first environment, as the agent sees them."""
-        self.folder, self.name = folder, name
+    def film(self, folder: Path, name: str) -> None:
+        """Films games 0, 1, 8, 27, 64 … of the first environment, as the agent sees them, 1000 images at most."""
+        self.video = dict(frames=[], video_folder=str(folder), name_prefix=name, episode_index=0, fps=15)
 
     def reset(self, seed: int) -> np.ndarray:
         """First observations (N, C, H, W); environment i is seeded with seed + i."""
@@ -162,10 +140,7 @@ class PixelEnvs:
         return obs
 
     def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
-        """(observations to act on, observations reached, rewards, terminated, truncated), each (N, …).
-
-        The two observations differ where a game ended: it reached its final one, and the next one has begun.
-        """
+        """Observations to act on, those reached (others where a game ended), rewards, terminated, truncated: (N, …)."""
         obs, rewards, terminated, truncated, infos = self.envs.step(actions.numpy(force=True))
         self.ended, self.returns, self.lengths = terminated | truncated, self.returns + rewards, self.lengths + 1
         self.episodes = [(i, float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(self.ended)]
@@ -173,53 +148,34 @@ class PixelEnvs:
         for i, *_ in self.episodes:
             reached[i], self.returns[i], self.lengths[i] = infos["final_obs"][i], 0, 0
         lives, self.lives = self.lives, infos.get("lives", self.lives)
-        if self.nature:
-            terminated = terminated | (self.lives < lives)
-        if self.folder and capped_cubic_video_schedule(self.filmed):
-            image = reached[0, -1].copy()
-            self.frames.append(np.broadcast_to(image[..., None], (*image.shape, 3)))
-            if self.ended[0]:
-                save_video(self.frames, self.folder, name_prefix=self.name, fps=15, episode_index=self.filmed)
-        if self.ended[0]:
-            self.frames, self.filmed = [], self.filmed + 1
+        terminated = terminated | (self.nature & (self.lives < lives))
+        if self.video and len(self.video["frames"]) < 1000:
+            self.video["frames"].append(np.repeat(reached[0, -1, :, :, None], 3, axis=-1))
+        if self.video and self.ended[0]:
+            save_video(**self.video)  # of those games alone
+            self.video |= dict(frames=[], episode_index=self.video["episode_index"] + 1)
         return obs, reached, finite("reward", np.asarray(rewards, np.float32)), terminated, truncated
-
-    def close(self) -> None:
-        """Closes them all."""
-        self.envs.close()
 
 
 class PixelQNetwork(nn.Module):
-    """Q(s, ·) of images, for every action (Mnih et al. 2015, "Model architecture"; PyTorch's own initialisation).
-
-    Observations are images (B, C, H, W) of bytes; actions indices from 0. `forward` is the greedy policy, from
-    observations to what the environment takes.
-    """
+    """Q(s, ·) of byte images (Mnih et al. 2015, "Model architecture"), and as `forward` the greedy policy."""
 
     def __init__(self, observation_space: Box, action_space: Discrete):
         super().__init__()
-        self.action_space = action_space
+        self.first_action = int(action_space.start)
         convolutions = (observation_space.shape[0], 32, 8, 4), (32, 64, 4, 2), (64, 64, 3, 1)
         layers = [x for sizes in convolutions for x in (nn.Conv2d(*sizes), nn.ReLU(inplace=True))] + [nn.Flatten()]
-        with torch.no_grad():
-            features = nn.Sequential(*layers)(torch.zeros(1, *observation_space.shape)).shape[1]
-        layers += [nn.Linear(features, 512), nn.ReLU(inplace=True), nn.Linear(512, int(action_space.n))]
-        self.network = nn.Sequential(*layers)
+        features = nn.Sequential(*layers)(torch.zeros(1, *observation_space.shape)).shape[1]
+        self.network = nn.Sequential(*layers, nn.Linear(features, 512), nn.ReLU(), nn.Linear(512, int(action_space.n)))
 
     def q_values(self, obs: Tensor) -> Tensor:
-        """Q(s, ·), shape (B, A)."""
+        """Q(s, ·), shape (B, A), of images (B, C, H, W)."""
         return self.network(obs.to(torch.float32, memory_format=torch.channels_last).div_(255))
 
-    def to_env(self, actions: Tensor) -> Tensor:
-        """What the environment takes: indices moved to the space's start."""
-        return actions + int(self.action_space.start)
-
     def forward(self, obs: Tensor) -> Tensor:
-        """The action of highest value."""
-        return self.to_env(self.q_values(obs).argmax(-1))
+        """The actions (B,) of highest value, as the environment counts them."""
+        return self.first_action + self.q_values(obs).argmax(-1)
 
-
-# Replay -----------------------------------------------------------------------------------------------------
 
 # Steps of an environment, first dimension B; each next observation is the one that its step truly led to. A one-step
 # target needs `terminated` alone; one of several steps must not go on past `truncated` either (see dqn.py).
@@ -229,103 +185,74 @@ Transitions = namedtuple("Transitions", "observations actions rewards next_obser
 class FrameBuffer:
     """The newest transitions of N environments whose observations are their newest K images; each is stored once.
 
-    Every environment has a ring of rows, one image each: all K of an episode's first observation, then the newest one
-    of every next observation. The row of an observation's newest image also holds what was done there and what came
-    of it, and is `usable` as long as that and all K images are there.
+    Every Nth row is an environment's: all K images of an episode's first observation, then the newest one of each next.
+    In an observation's last row stands what was done and came of it, `usable` while that and all K images are there.
     """
 
     def __init__(self, capacity: int, num_envs: int, observation_space: Box, device: torch.device):
         self.stack, *size = observation_space.shape
-        self.length = capacity // num_envs
-        needed = num_envs * self.length * (math.prod(size) + 9)
-        if self.length <= self.stack + 1:
-            fail(f"--buffer-size {capacity} must be at least {self.stack + 2} images for each of the {num_envs} envs")
-        if needed > (free := free_memory(device)):
-            fail(f"--buffer-size {capacity} needs {needed:,} bytes, {device} has {free:,} free: choose a smaller one")
-        rows = num_envs * self.length
-        self.images = torch.zeros(rows, *size, dtype=torch.uint8, device=device)
-        self.actions = torch.zeros(rows, dtype=torch.int16, device=device)
-        self.rewards = torch.zeros(rows, device=device)
-        self.terminated, self.truncated, self.usable = torch.zeros(3, rows, dtype=torch.bool, device=device)
-        self.newest = torch.full((num_envs,), -1)  # number of every environment's newest image, counted from 0
+        self.num_envs, self.capacity = num_envs, capacity // num_envs * num_envs
+        needed, free, least = self.capacity * (math.prod(size) + 9), free_memory(device), num_envs * (self.stack + 2)
+        if needed > free or self.capacity < least:
+            fail(f"--buffer-size {capacity} needs {needed:,} bytes, {device} has {free:,} free; {least} is the least")
+        self.images = torch.zeros(self.capacity, *size, dtype=torch.uint8, device=device)
+        self.actions = torch.zeros(self.capacity, dtype=torch.int16, device=device)
+        self.rewards = torch.zeros(self.capacity, device=device)
+        self.terminated, self.truncated, self.usable = torch.zeros(3, self.capacity, dtype=torch.bool, device=device)
+        self.newest = torch.arange(num_envs) - num_envs  # rows of their newest images, counted on beyond the capacity
         self.begins = torch.ones(num_envs, dtype=torch.bool)
-
-    def rows(self, counts: Tensor, envs: Tensor) -> Tensor:
-        """Rows of the environments' images number `counts`, of any shape."""
-        return envs * self.length + counts % self.length
-
-    def push(self, envs: Tensor, images: Tensor) -> None:
-        """One more image (E, H, W) for each of the environments (E,); forgets what it overwrites a part of."""
-        self.newest[envs] += 1
-        rows = self.rows(self.newest[envs], envs)
-        self.images[rows] = images.to(self.images.device)
-        self.usable[self.rows(self.newest[envs] + self.stack - 1, envs)] = False
 
     def add(self, obs, actions, rewards, next_obs, terminated, truncated, ended) -> None:
         """One step of all environments, each (N, …); `ended` where the next observation is another episode's."""
-        obs, next_obs = torch.as_tensor(obs), torch.as_tensor(next_obs)
-        if not obs[:, 1:].equal(next_obs[:, :-1]):
+        if not np.array_equal(obs[:, 1:], next_obs[:, :-1]):
             fail("an observation is not the one before with a newer image at its end: use ppo_atari.py", code=1)
-        envs = torch.arange(len(obs))
-        for k in range(self.stack):
-            self.push(envs[self.begins], obs[self.begins, k])
-        rows = self.rows(self.newest, envs)
-        outcome = dict(actions=actions, rewards=rewards, terminated=terminated, truncated=truncated)
-        for name, new in outcome.items():
-            getattr(self, name)[rows] = torch.as_tensor(new, device=self.images.device).to(getattr(self, name).dtype)
-        self.push(envs, next_obs[:, -1])
-        self.usable[rows] = True
+        images = torch.as_tensor(np.concatenate([obs, next_obs[:, -1:]], 1))
+        new = self.begins.unsqueeze(1) | (torch.arange(self.stack + 1) == self.stack)  # (N, K + 1)
+        rows = self.newest.unsqueeze(1) + self.num_envs * new.cumsum(1)
+        self.images[rows[new] % self.capacity] = images[new].to(self.images.device)
+        self.usable[(rows[new] + (self.stack - 1) * self.num_envs) % self.capacity] = False  # its oldest is overwritten
+        self.newest = rows[:, -1]
+        acted_on = (self.newest - self.num_envs) % self.capacity
+        step = dict(actions=actions, rewards=rewards, terminated=terminated, truncated=truncated, usable=True)
+        for name, x in step.items():
+            getattr(self, name)[acted_on] = torch.as_tensor(x, device=self.images.device).to(getattr(self, name).dtype)
         self.begins = torch.as_tensor(ended)
 
     def draw_rows(self, batch_size: int) -> Tensor:
         """Usable rows (B,) drawn uniformly, with replacement."""
-        filled = min(int(self.newest.max()) + 1, self.length)
-        found = []
-        while sum(map(len, found)) < batch_size:
-            draws = torch.randint(len(self.newest) * filled, (2 * batch_size,), device=self.usable.device)
-            rows = draws // filled * self.length + draws % filled
-            found.append(rows[self.usable[rows]])
-        return torch.cat(found)[:batch_size]
-
-    def after(self, rows: Tensor, steps) -> Tensor:
-        """Rows of the same environments that many images later, or before."""
-        return rows // self.length * self.length + (rows + steps) % self.length
-
-    def observations(self, rows: Tensor) -> Tensor:
-        """The observations (B, K, H, W) whose newest images are in rows (B,)."""
-        window = self.after(rows.unsqueeze(1), torch.arange(1 - self.stack, 1, device=rows.device))
-        return self.images.index_select(0, window.flatten()).unflatten(0, window.shape)
+        filled = min(int(self.newest.max()) + self.num_envs, self.capacity) // self.num_envs  # rows of an environment
+        rows = torch.empty(0, dtype=torch.long, device=self.usable.device)
+        while len(rows) < batch_size:
+            draws = torch.randint(self.num_envs * filled, (2 * batch_size,), device=rows.device)
+            draws = draws % filled * self.num_envs + draws // filled
+            rows = torch.cat([rows, draws[self.usable[draws]]])
+        return rows[:batch_size]
 
     def get(self, rows: Tensor, n: int, gamma: float) -> tuple[Transitions, Tensor]:
-        """Transitions over m steps from rows (B,), with r_t + … + γᵐ⁻¹ r_{t+m−1} for their reward, and γᵐ (B,).
-
-        m = n, or less where the episode or the buffer ends before (Sutton & Barto 2018, eq. 7.1).
-        """
+        """Transitions over m ≤ n steps from rows (B,), with r_t + … + γᵐ⁻¹ r_{t+m−1} for their reward, and γᵐ (B,)."""
         steps = torch.arange(n, device=rows.device)
-        window = self.after(rows.unsqueeze(1), steps)  # (B, n)
-        ends = self.terminated[window] | ~self.usable[self.after(window, 1)]
-        counts = ends.int().cumsum(1) - ends.int() == 0  # up to the first end, and with it
+        window = (rows.unsqueeze(1) + steps * self.num_envs) % self.capacity  # (B, n)
+        ends = (self.terminated[window] | ~self.usable[(window + self.num_envs) % self.capacity]).int()
+        counts = ends.cumsum(1) - ends == 0  # up to where the episode or the buffer ends, and with it
         length = counts.sum(1)
-        last = window.gather(1, length.unsqueeze(1) - 1).squeeze(1)
         rewards = (self.rewards[window] * counts * gamma**steps).sum(1)
-        next_observations, ends = self.observations(self.after(last, 1)), (self.terminated[last], self.truncated[last])
-        actions = self.actions[rows].long()
-        return Transitions(self.observations(rows), actions, rewards, next_observations, *ends), gamma**length
+        last = (rows + (length - 1) * self.num_envs) % self.capacity
+        newest, ago = torch.stack([rows, last + self.num_envs]), torch.arange(1 - self.stack, 1, device=rows.device)
+        images = (newest.unsqueeze(2) + ago * self.num_envs) % self.capacity  # (2, B, K)
+        obs, next_obs = self.images.index_select(0, images.flatten()).unflatten(0, images.shape)
+        step = self.actions[rows].long(), rewards, next_obs, self.terminated[last], self.truncated[last]
+        return Transitions(obs, *step), gamma**length
 
     def state_dict(self) -> dict:
-        """The rows that have been filled (N, …), and where the next ones go."""
-        filled, envs = min(int(self.newest.max()) + 1, self.length), len(self.newest)
-        names = ("images", "actions", "rewards", "terminated", "truncated", "usable")
-        tensors = {name: getattr(self, name).unflatten(0, (envs, self.length))[:, :filled] for name in names}
-        state = {name: x if filled == self.length else x.clone() for name, x in tensors.items()}
-        return state | {"newest": self.newest}
+        """The rows that have been filled, and where the next ones go."""
+        filled = min(int(self.newest.max()) + 1, self.capacity)
+        state = {name: x[:filled] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return state if filled == self.capacity else {name: x.clone() for name, x in state.items()}  # else saved whole
 
     def load_state_dict(self, state: dict) -> None:
         """Takes over what `state_dict` gave; every environment then begins an episode."""
-        state, envs = dict(state), len(self.newest)
-        self.newest.copy_(state.pop("newest"))
         for name, x in state.items():
-            getattr(self, name).unflatten(0, (envs, self.length))[:, : x.shape[1]] = x
+            getattr(self, name)[: len(x)] = x
         self.begins[:] = True
 
 
@@ -351,8 +278,8 @@ def epsilon_greedy(q_values: Tensor, epsilon: float) -> Tensor:
 def q_target(rewards, terminated, discounts, next_target_q: Tensor, next_q: Tensor | None = None) -> Tensor:
     """y = r + γᵐ Q_θ⁻(s', a*), shape (B,), without the second term where s' is terminal.
 
-    Q_θ⁻(s', ·) is `next_target_q` (B, A). a* is what `next_q`, Q_θ(s', ·), holds highest (Double DQN, the
-    unnumbered equation of arXiv 1509.06461), or without it what Q_θ⁻ does (DQN, eq. 3 there).
+    Q_θ⁻(s', ·) is `next_target_q` (B, A). a* is what `next_q`, Q_θ(s', ·), holds highest (Double DQN, the unnumbered
+    equation of arXiv 1509.06461), or without it what Q_θ⁻ does (DQN, eq. 3 there).
     """
     choosing = next_target_q if next_q is None else next_q
     next_values = next_target_q.gather(1, choosing.argmax(1, keepdim=True)).squeeze(1)
@@ -367,10 +294,7 @@ def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
 
 
 def dqn_gradient(network, target, batch: Transitions, discounts: Tensor | float, args: Args) -> dict[str, Tensor]:
-    """Leaves ∇L(θ), of norm --max-grad-norm at most, in the network's .grad, and returns what to log.
-
-    Discounts γᵐ are (B,), or one for all.
-    """
+    """Leaves ∇L(θ), of norm --max-grad-norm at most, in .grad; discounts γᵐ are (B,), or one. Returns what to log."""
     with torch.no_grad():
         next_q = network.q_values(batch.next_observations) if args.double else None
         next_target_q = target.q_values(batch.next_observations)
@@ -382,30 +306,7 @@ def dqn_gradient(network, target, batch: Transitions, discounts: Tensor | float,
     return {"td_loss": loss.detach(), "q_values": q_values.detach().mean()}
 
 
-@torch.no_grad()
-def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
-    """θ⁻ ← (1 − τ) θ⁻ + τ θ for every parameter; buffers, such as BatchNorm's statistics, are copied."""
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
-    for old, new in zip(target.buffers(), online.buffers()):
-        old.copy_(new)
-
-
-def anneal(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets the learning rate of each of its groups to `factor` times the one that it began with."""
-    for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-
-
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile, the backward pass in the function included; on CUDA as CUDA graphs, whose results are copied."""
-    graphs = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
-    return lambda *inputs: {name: x.clone() for name, x in graphs(*inputs).items()}
-
-
 # Training ---------------------------------------------------------------------------------------------------
-
-LOG_EVERY = 1_000
-"""Environment steps between two points of losses/*, which are means over the updates since the last one."""
 
 
 def train(args: Args) -> dict:
@@ -417,14 +318,13 @@ def train(args: Args) -> dict:
         network = PixelQNetwork(envs.observation_space, envs.action_space).to(run.device)
         target = copy.deepcopy(network).requires_grad_(False).eval()
         optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, fused=True)
-        gradient_of = compiled(dqn_gradient, run.device) if args.compile else dqn_gradient
+        mode = "reduce-overhead" if run.device.type == "cuda" else None  # CUDA graphs, which write over their results
+        gradient_of = torch.compile(dqn_gradient, mode=mode) if args.compile else dqn_gradient
         buffer = FrameBuffer(args.buffer_size, args.num_envs, envs.observation_space, run.device)
         run.start(envs, network=network, target=target, optimizer=optimizer, buffer=buffer)  # what a checkpoint holds
 
         obs, metrics, logged_step = envs.reset(args.seed + run.step), [], run.step
         while run.goes_on():
-            anneal(optimizer, 1 - run.step / args.total_timesteps if args.anneal_lr else 1)
-
             # Collect a few steps from every environment.
             for _ in range(args.train_frequency):
                 progress = min(run.step / (args.exploration_fraction * args.total_timesteps), 1.0)
@@ -433,25 +333,24 @@ def train(args: Args) -> dict:
                     actions = torch.randint(int(envs.action_space.n), (args.num_envs,), device=run.device)
                 else:
                     with torch.no_grad():
-                        q_values = network.q_values(torch.as_tensor(obs, device=run.device))
-                    actions = epsilon_greedy(q_values, exploration)
+                        actions = epsilon_greedy(network.q_values(torch.as_tensor(obs, device=run.device)), exploration)
                 acted_on = obs
-                obs, next_obs, rewards, terminated, truncated = envs.step(network.to_env(actions))
+                obs, next_obs, rewards, *ends = envs.step(network.first_action + actions)
                 rewards = np.sign(rewards) if args.clip_rewards else rewards
-                buffer.add(acted_on, actions, rewards, next_obs, terminated, truncated, envs.ended)
+                buffer.add(acted_on, actions, rewards, next_obs, *ends, envs.ended)
                 run.advance(envs)
                 if run.step % args.target_frequency < args.num_envs:  # it has just passed a multiple
-                    polyak_update(target, network, args.tau)
+                    target.load_state_dict(network.state_dict())
 
             # Update on minibatches of everything in the buffer.
             for _ in range(args.gradient_steps if run.step > args.learning_starts else 0):
-                batch, discounts = buffer.get(buffer.draw_rows(args.batch_size), args.n_step, args.gamma)
+                minibatch = buffer.get(buffer.draw_rows(args.batch_size), args.n_step, args.gamma)
                 optimizer.zero_grad()
-                metrics.append(gradient_of(network, target, batch, discounts, args))
+                metrics.append({name: x.clone() for name, x in gradient_of(network, target, *minibatch, args).items()})
                 optimizer.step()
 
-            if run.step - logged_step >= LOG_EVERY or run.step >= args.total_timesteps:
-                run.log(metrics, exploration=exploration, learning_rate=optimizer.param_groups[0]["lr"])
+            if run.step - logged_step >= 1000 or run.step >= args.total_timesteps:
+                run.log(metrics, exploration=exploration)  # means over the updates since the last time
                 metrics, logged_step = [], run.step
         return run.finish(network)
 
@@ -467,42 +366,31 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
     for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
         stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--env-id", "--env_id", default=Args.env_id)
-    early.add_argument("--resume")
-    known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
-    if known.resume:
-        defaults = load_checkpoint(known.resume)["args"]
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    defaults = replace(Args(), **{"env_id": given.env_id} | RECOMMENDED.get(given.env_id, {}))
+    if given.resume:
+        defaults = load_checkpoint(given.resume)["args"]
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
-    args = tyro.cli(Args, default=defaults, args=argv, description=description)
-    if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
-        fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
-    return args
-
-
-def check_args(args: Args) -> None:
-    """Refuses a value outside the range that its type in Args names."""
-    for name, hint in get_type_hints(Args, include_extras=True).items():
-        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
-        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
-            if not all(x is None or low <= x <= high for x in values):
-                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
+    return tyro.cli(Args, default=defaults, args=argv, description=f"Settings taken with --env-id alone:\n\n{table}")
 
 
 def load_checkpoint(folder: str, **modules) -> dict:
     """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
-    try:
-        mmap = sys.platform != "win32"  # there a file that optimisers still read from could not be replaced
-        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=mmap)
-        if state["algo"] != ALGO:
-            raise ValueError(f"it is {state['algo']}.py's")
-        state["args"] = Args(**state["args"])
+    try:  # without mmap on Windows, where a file that optimisers still read from could not be replaced
+        state = torch.load(Path(folder, "checkpoint.pt"), "cpu", weights_only=True, mmap=sys.platform != "win32")
+        state["args"] = {ALGO: Args}[state["algo"]](**state["args"])  # a KeyError names the script that it is of
         for name, module in modules.items():
             module.load_state_dict(state[name])
     except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
@@ -513,10 +401,9 @@ def load_checkpoint(folder: str, **modules) -> dict:
 def make_env(args: Args, **kwargs) -> gym.Env:
     """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
     try:
-        env = gym.make(args.env_id, **kwargs)
+        env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {}, **kwargs)
     except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
-        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
-        hint = "--capture-video needs it to render" if "render_mode" in kwargs else hint
+        hint = "kwargs go into gym.register; ppo_atari.py and dqn_atari.py play Atari; --capture-video needs rgb_array"
         fail(f"--env-id {args.env_id}: {error} ({hint})")
     plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
     return env if plain else gym.wrappers.FlattenObservation(env)
@@ -529,27 +416,26 @@ class Envs:
     """
 
     def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
-        kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
-        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
-        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
-        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        self.envs, self.num_envs = [make_env(args, **kwargs) for _ in range(num_envs)], num_envs
+        self.observation_space, space = self.envs[0].observation_space, self.envs[0].action_space
+        self.action_space, self.time_limit = space, self.envs[0].spec.max_episode_steps
         index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
         self.dtype = np.int64 if index else np.uint8 if image else np.float32
         self.episodes = []  # (environment, return, length) of those that ended in the last step
         if len(self.observation_space.shape) == 3:
             fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
-        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
-            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
-            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
-            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+        odd = isinstance(space, Box) and space.dtype.kind != "f" or len(space.shape or ()) > 1
+        if odd or not isinstance(space, action_spaces):
+            takes = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box; a Box is to be a vector of floats"
+            fail(f"{args.env_id} has the actions {space}; {ALGO}.py cannot take them ({takes})")
 
-    def film(self, args: Args, folder: str, name: str) -> None:
-        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
-        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], folder, name_prefix=name)
+    def film(self, folder: Path, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, and on from there to 1000 images at most."""
+        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], str(folder), name_prefix=name, video_length=1000)
 
     def reset(self, seed: int) -> np.ndarray:
         """First observations (N, …); environment i is seeded with seed + i."""
-        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
 
     def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
@@ -557,21 +443,17 @@ class Envs:
 
         The two observations differ where an episode ended: it reached its final one, and the next one has begun.
         """
-        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
-        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        reached = np.empty((self.num_envs, *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(self.num_envs), np.empty((2, self.num_envs), bool)
         for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
-            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
-            rewards[i] = reward = float(reward)
-            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
-            if self.lengths[i] == 1000 and getattr(env, "recording", False):
-                env.stop_recording()  # its frames are kept in memory
-        finite("reward", rewards)
-        finite("observation", reached)
-        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
-        for i, *_ in self.episodes:
-            obs = reached.copy() if obs is reached else obs
-            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
-        return obs, reached, rewards, terminated, truncated
+            reached[i], rewards[i], terminated[i], truncated[i], _ = env.step(action)
+        self.returns, self.lengths = self.returns + finite("reward", rewards), self.lengths + 1
+        ended = np.flatnonzero(terminated | truncated)
+        self.episodes = [(i, float(self.returns[i]), int(self.lengths[i])) for i in ended]
+        obs = reached.copy() if len(ended) else reached
+        for i in ended:
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0, 0
+        return obs, finite("observation", reached), rewards.astype(np.float32), terminated, truncated
 
     def close(self) -> None:
         """Closes them all."""
@@ -579,31 +461,31 @@ class Envs:
             env.close()
 
 
-def finite(name: str, numbers: np.ndarray) -> np.ndarray:
-    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
-    if not np.isfinite(numbers).all():
-        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
-    return numbers
-
-
 class Run(ExitStack):
     """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
 
     def __init__(self, args: Args):
         super().__init__()
-        check_args(args)
-        self.args, self.step, self.saved_step, self.longest_episode = args, 0, 0, 0
-        self.updates = 0  # gradient steps, in files whose schedules count them
-        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        if kind != "cpu" and not getattr(torch, kind).is_available():
-            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        for name, hint in get_type_hints(Args, include_extras=True).items():
+            values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+            for low, high, text in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+                if not all(x is None or low <= x <= high for x in values):
+                    fail(f"--{name.replace('_', '-')} {value} must be {text}")
         if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
-        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.args, self.dir, self.recent_returns, self.stopped = args, Path(os.devnull), deque(maxlen=100), False
+        self.step = self.updates = self.longest_episode = self.saved_step = 0  # updates: gradient steps
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(best if args.device == "auto" else args.device)
+        if self.device.type != "cpu" and not getattr(torch, self.device.type).is_available():
+            fail(f"--device {args.device}: PyTorch {torch.__version__} finds no such device here; use --device auto")
         self.callback(torch.set_num_threads, torch.get_num_threads())
         self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         if args.compile:
-            self.compile_backward()
+            if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+                fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+            if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # takes loss.backward() into the graph
+                self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
 
         def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
             self.stopped = True
@@ -613,21 +495,16 @@ class Run(ExitStack):
             for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
                 self.callback(signal.signal, number, signal.signal(number, stop))
         torch.set_num_threads(args.torch_threads)
-        random.seed(args.seed)
-        np.random.seed(args.seed)  # for environments that draw from these two; a checkpoint has PyTorch's state alone
-        torch.manual_seed(args.seed)
-
-    def compile_backward(self) -> None:
-        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
-        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
-            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
-        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
-            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # the first two for environments that use them
+            seed(args.seed)
 
     def __exit__(self, kind, error, trace) -> bool:
         super().__exit__(kind, error, trace)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        unfinished = self.dir / "checkpoint.tmp"
+        full = unfinished.exists() or getattr(error, "errno", None) == errno.ENOSPC
+        if full and isinstance(error, OSError | RuntimeError):
+            unfinished.unlink(missing_ok=True)
+            fail(f"{error}; is the disk full? The checkpoint of step {self.saved_step} stays", code=1)
         if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return isinstance(error, BrokenPipeError)
@@ -645,40 +522,40 @@ class Run(ExitStack):
             fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
             state = load_checkpoint(args.resume, **modules)
+            if replace(state["args"], resume=args.resume, total_timesteps=args.total_timesteps) != args:
+                fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
             self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
             self.saved_step = self.step
             torch.set_rng_state(state["rng"])
             torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         self.start_time = time.time() - state["seconds"]
         self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
-        about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
-        about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
+        versions = {"python": sys.version.split()[0]} | {x.__name__: x.__version__ for x in (torch, gym, np)}
+        about = {"algo": ALGO, "args": asdict(replace(args, resume=None)), "versions": versions}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
         if args.capture_video:
-            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
+            envs.film(self.dir / "videos", f"from-step-{self.step}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
         self.callback(self.writer.close)
         if not args.resume:
             self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
         recommended, given = RECOMMENDED.get(args.env_id, {}), asdict(args)
-        taken = " ".join(f"{name}={given[name]}" for name in recommended if given[name] == recommended[name])
-        other = " ".join(f"{name}={given[name]}" for name in recommended if given[name] != recommended[name])
-        print(f"recommended settings taken: {taken or 'none'}; overridden: {other or 'none'}", flush=True)
+        words = (f"{x}={given[x]}" + f" (not {value})" * (given[x] != value) for x, value in recommended.items())
+        print(f"recommended settings: {' '.join(words) or 'none'}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
         self.callback(self.bar.close)
 
     def new_dir(self) -> Path:
         """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
-        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        env_id = re.sub(r"[^\w.=-]+", "-", self.args.env_id)  # Windows refuses colons, for instance
+        path = Path(self.args.output_dir).expanduser() / f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+            for name in itertools.chain([path], (f"{path}_{n}" for n in itertools.count(1))):
                 with suppress(FileExistsError):
-                    path.mkdir()
-                    return path
+                    os.makedirs(name)
+                    return Path(name)
         except OSError as error:
             fail(f"--output-dir {self.args.output_dir}: {error}")
 
@@ -694,16 +571,12 @@ class Run(ExitStack):
         if not all(x.isfinite().all() for network in networks for x in network.parameters()):
             fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
         state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
-        try:
-            torch.save(state, self.dir / "checkpoint.tmp")
-            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
-        except (OSError, RuntimeError) as error:
-            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
-            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None)), "rng": torch.get_rng_state()}
+        state |= {"seconds": time.time() - self.start_time, "cuda_rng": torch.cuda.get_rng_state_all()}
+        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
+        torch.save(state, self.dir / "checkpoint.tmp")
+        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
         self.saved_step = self.step
 
     def advance(self, envs) -> None:
@@ -718,14 +591,14 @@ class Run(ExitStack):
 
     def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
         """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
-        names = dict.fromkeys(itertools.chain(*metrics))
-        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
-        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
-            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
         charts["SPS"] = self.step / (time.time() - self.start_time)
-        for group, values in (("losses", losses), ("charts", charts)):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{group}/{name}", value, self.step)
+        scalars = {f"charts/{name}": value for name, value in charts.items()}
+        for name in dict.fromkeys(itertools.chain(*metrics)):
+            scalars[f"losses/{name}"] = value = torch.stack([x[name] for x in metrics if name in x]).mean().item()
+            if not math.isfinite(value):
+                fail(f"{name} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.step)
         self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
         self.bar.update(self.step - self.bar.n)
 

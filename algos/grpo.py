@@ -238,23 +238,19 @@ def group_advantages(returns: Tensor, group_size: int, std_normalisation: bool) 
     return ((groups - groups.mean(-1, keepdim=True)) / scale).flatten(1)
 
 
-EPISODE_LIMIT = 100_000
-"""Steps after which an episode is taken for one that never ends."""
+EPISODE_LIMIT = 100_000  # steps after which an episode is taken for one that never ends
 
 # One whole episode per environment, (T, N, …) with T the longest; `running` is false after an episode's end.
 Episodes = namedtuple("Episodes", "observations actions rewards running final_observations truncated")
 
 
 def play_episodes(policy: Policy, envs, seeds: list[int]) -> Episodes:
-    """Plays one episode in every environment, each reset with its seed; their ends are then in envs.episodes.
-
-    An environment that is done steps on idly until the longest episode ends; none of those steps is kept.
-    """
+    """Plays one episode in every environment, each reset with its seed; their ends are then in envs.episodes."""
     device, num_envs = next(policy.parameters()).device, envs.num_envs
     obs = finite("observation", np.array([env.reset(seed=x)[0] for env, x in zip(envs.envs, seeds)], envs.dtype))
     envs.returns, envs.lengths, running = np.zeros(num_envs), np.zeros(num_envs, int), np.ones(num_envs, bool)
     final_obs, truncated, steps, ends = obs.copy(), ~running, [], []
-    while running.any():
+    while running.any():  # those that are done step on idly; none of these steps counts
         if len(steps) == EPISODE_LIMIT:
             fail(f"no end of an episode after {EPISODE_LIMIT} steps: register a time limit, or use ppo.py")
         actions = policy.act(torch.as_tensor(obs, device=device), policy.draw_noise(num_envs))

@@ -375,8 +375,7 @@ def measure_curvature(agent: nn.Module, actor: KFAC, critic: KFAC, states: Tenso
 
 # Training ---------------------------------------------------------------------------------------------------
 
-LOG_EVERY = 1_000
-"""Environment steps between two points of losses/*, which are means over the updates since the last one."""
+LOG_EVERY = 1_000  # environment steps between two points of losses/*, which are means over the updates since the last
 
 
 def train(args: Args) -> dict:

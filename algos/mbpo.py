@@ -17,7 +17,6 @@ and after each environment step takes many gradient steps of soft actor-critic (
 - Inputs and outputs are standardised; log σ² is kept softly between two learned bounds, so that it cannot run away.
 - Imagined episodes end by the environment's own rule (TERMINATION), or by what the ensemble learns of it.
 - D_model holds as many full rollouts as the last --model-buffer-age steps begin: older ones are of older policies.
-- Where data are few, --model-batch-size and --patience must let the model learn all the same.
 
 --value-expansion H uses the model otherwise: the minibatches are real, and the critics' targets are rewards of H
 imagined steps and the value after them (MVE, arXiv 1803.00101). Else --real-ratio 1 leaves the model out: that is
@@ -27,7 +26,6 @@ sac.py, bit for bit (tests/test_mbpo.py), which agrees with Stable-Baselines3's 
     python algos/mbpo.py --env-id HalfCheetah-v5 --compile
 """
 
-import argparse
 import copy
 import errno
 import functools
@@ -44,7 +42,7 @@ import sys
 import threading
 import time
 from collections import deque, namedtuple
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -60,12 +58,10 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest and both in words, for check_args
+Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest, in words: Run checks them
 Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
 Fraction = Annotated[float, (0, 1, "from 0 to 1")]
 Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
-NotNegative = Annotated[float, (0, sys.float_info.max, "0 or more")]
-AtLeast10 = Annotated[int, (10, math.inf, "at least 10: the model learns from them")]
 
 
 @dataclass
@@ -76,7 +72,6 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where networks and buffers live; auto prefers CUDA
     torch_threads: Count = 1  # CPU threads for PyTorch; for layers of 256 two are faster, if there are cores to spare
     compile: bool = False  # torch.compile: pays in runs of several minutes; on a GPU gradients become CUDA graphs, too
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products; lower may round
     output_dir: str = "runs"  # folder that run directories are made in
     resume: str | None = None  # run directory to go on in, with its own flags; --total-timesteps alone may be changed
     checkpoint_every: Count = 5_000  # environment steps between checkpoints, which hold the model and both buffers too
@@ -92,10 +87,10 @@ class Args:
     num_elites: Count = 5  # members that imagine: those that predict the held-out data best
     model_hidden_sizes: tuple[Count, ...] = (200, 200, 200, 200)  # SiLU layers of each member
     model_learning_rate: Positive = 1e-3  # Adam's step size for the ensemble
-    model_weight_decay: NotNegative = 5e-5  # weight of ½ Σ w² in the ensemble's loss
+    model_weight_decay: Fraction = 5e-5  # weight of ½ Σ w² in the ensemble's loss
     model_batch_size: Count = 256  # transitions per gradient step of each member
     model_frequency: Count = 250  # environment steps between two trainings of the ensemble, each on all data so far
-    holdout: Fraction = 0.2  # share of the data that is held out of a training, at most 5000 transitions
+    holdout: Annotated[float, (0, 0.9, "from 0 to 0.9")] = 0.2  # share of the data held out, 1 to 5000 transitions
     patience: Count = 5  # a training ends when no member became 1 % better on held-out data for so many epochs
     model_epochs: Count = 100  # epochs after which a training ends in any case
     rollouts_per_step: Count = 400  # imagined rollouts per environment step, all begun after a training of the ensemble
@@ -106,7 +101,7 @@ class Args:
 
     # policy
     buffer_size: Count = 1_000_000  # real transitions that the replay buffer holds
-    learning_starts: AtLeast10 = 250  # environment steps with random actions before the first training and update
+    learning_starts: Annotated[int, (10, math.inf, "at least 10")] = 250  # random steps before the first training
     batch_size: Count = 256  # transitions per gradient step
     gradient_steps: Count = 20  # gradient steps per step of every environment
     learning_rate: Positive = 3e-4  # Adam's step size, for policy, critics and temperature
@@ -123,18 +118,17 @@ class Args:
 
 # fmt: off
 MUJOCO = dict(learning_starts=1_000)
+GROWING = MUJOCO | dict(checkpoint_every=50_000)  # gigabytes, by the imagined data
 RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit flag wins
     "Pendulum-v1": dict(
         total_timesteps=3_000, learning_starts=200, learning_rate=1e-3, tau=0.02, hidden_sizes=(128, 128),
         model_hidden_sizes=(128, 128, 128), model_batch_size=32, patience=10, model_frequency=50, model_buffer_age=100,
         rollouts_per_step=40, rollout_lengths=(30, 30, 0, 1)),
     "HalfCheetah-v5": MUJOCO | dict(total_timesteps=400_000, gradient_steps=10),
-    "Hopper-v5": MUJOCO | dict(
-        total_timesteps=125_000, checkpoint_every=50_000, rollout_lengths=(1, 15, 20_000, 100_000)),
+    "Hopper-v5": GROWING | dict(total_timesteps=125_000, rollout_lengths=(1, 15, 20_000, 100_000)),
     "Walker2d-v5": MUJOCO | dict(total_timesteps=300_000),
-    "Ant-v5": MUJOCO | dict(total_timesteps=300_000, checkpoint_every=50_000, rollout_lengths=(1, 25, 20_000, 100_000)),
-    "Humanoid-v5": MUJOCO | dict(
-        total_timesteps=300_000, checkpoint_every=50_000, rollout_lengths=(1, 25, 20_000, 300_000)),
+    "Ant-v5": GROWING | dict(total_timesteps=300_000, rollout_lengths=(1, 25, 20_000, 100_000)),
+    "Humanoid-v5": GROWING | dict(total_timesteps=300_000, rollout_lengths=(1, 25, 20_000, 300_000)),
 }
 # fmt: on
 
@@ -148,20 +142,6 @@ def relu_mlp(sizes: list[int]) -> nn.Sequential:
     for inputs, outputs in itertools.pairwise(sizes[:-1]):
         layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
-
-
-class ToBox(nn.Module):
-    """Actions (…, A) → what a Box takes: within its bounds, rounded where it holds integers, in its dtype."""
-
-    def __init__(self, space: Box):
-        super().__init__()
-        self.dtype, exact = torch.as_tensor(space.low).dtype, np.float32 if space.dtype == np.float32 else np.float64
-        self.register_buffer("bounds", torch.as_tensor(np.stack([space.low, space.high]).astype(exact)))
-
-    def forward(self, actions: Tensor) -> Tensor:
-        """(…, A), of any float type."""
-        actions = actions.clamp(*self.bounds)
-        return (actions if self.dtype.is_floating_point else actions.round()).to(self.dtype)
 
 
 class Critics(nn.ModuleList):
@@ -191,7 +171,7 @@ class SoftActorCritics(nn.Module):
         self.actor = relu_mlp([inputs, *hidden_sizes, 2 * self.action_size])
         self.critics = Critics(num_critics, inputs + self.action_size, hidden_sizes)
         self.log_alpha = nn.Parameter(torch.tensor(alpha).log())
-        self.to_box = ToBox(action_space)
+        self.register_buffer("bounds", torch.as_tensor(np.stack([action_space.low, action_space.high])))
 
     def policy(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation of u, each (…, A); an action is tanh u."""
@@ -206,8 +186,8 @@ class SoftActorCritics(nn.Module):
 
     def to_env(self, actions: Tensor) -> Tensor:
         """[−1, 1] → the space's bounds, linearly in each dimension."""
-        low, high = self.to_box.bounds
-        return self.to_box(low + (actions + 1) / 2 * (high - low))
+        low, high = self.bounds
+        return (low + (actions + 1) / 2 * (high - low)).clamp(low, high)
 
     def forward(self, obs: Tensor) -> Tensor:
         """The action of the Gaussian's mean."""
@@ -231,8 +211,7 @@ class EnsembleLinear(nn.Module):
 class DynamicsEnsemble(nn.Module):
     """p_θᵢ(s', r | s, a), i = 1 … M: the standardised change of the state and the reward, (D + 1,) numbers, Gaussian.
 
-    Where the environment's own rule of termination is not known, each member gives a logit for it as well. What is put
-    into `network` has to keep members apart: it has no weights, or (M, …, …).
+    Without the environment's rule of termination each gives a logit for it, too. Weights of `network` are (M, …, …).
     """
 
     def __init__(self, members: int, num_elites: int, state_size: int, action_size: int, hidden_sizes, termination):
@@ -242,7 +221,6 @@ class DynamicsEnsemble(nn.Module):
         for inputs, outputs in itertools.pairwise(sizes):
             layers += [EnsembleLinear(members, inputs, outputs), nn.SiLU()]
         self.network = nn.Sequential(*layers[:-1])
-        self.member_weights()
         self.log_variance_bounds = nn.Parameter(torch.tensor([-10.0, 0.5])[:, None].repeat(1, self.outputs))
         self.register_buffer("elites", torch.arange(num_elites))
         self.register_buffer("learned_at", torch.zeros((), dtype=torch.int64))  # environment step of the last training
@@ -253,28 +231,14 @@ class DynamicsEnsemble(nn.Module):
     def member_weights(self) -> dict[str, Tensor]:
         """The network's weights by name, first dimension M; refuses those that members would share."""
         weights = dict(itertools.chain(self.network.named_parameters(), self.network.named_buffers()))
-        for name, x in weights.items():
-            if x.dim() < 3 or len(x) != self.members:
-                needed = f"each needs its own, in a tensor ({self.members}, …, …) like EnsembleLinear's"
-                raise TypeError(f"DynamicsEnsemble: all members would share {name} {tuple(x.shape)}; {needed}")
+        if shared := [name for name, x in weights.items() if x.dim() < 3 or len(x) != self.members]:
+            raise TypeError(f"DynamicsEnsemble: members would share {shared}; each needs its own, as in EnsembleLinear")
         return weights
 
-    def standardise(self, **data: Tensor) -> None:
-        """Takes the moments of input= (B, D + A) and output= (B, D + 1) for those that they are standardised with."""
-        for name, x in data.items():
-            std = x.double().std(0, correction=0)
-            getattr(self, f"{name}_mean").copy_(x.double().mean(0))
-            getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, 1.0, std))  # a constant tells nothing
-
     def forward(self, inputs: Tensor, members: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(s, a) (K or 1, B, D + A) → mean and log σ² (K, B, D + 1), standardised, and (K, B, 0 or 1) logits.
-
-        Of the K members asked for, or of all.
-        """
-        inputs, weights = (inputs - self.input_mean) / self.input_std, {}
-        if members is not None:
-            weights = {name: x[members] for name, x in self.member_weights().items()}
-        outputs = torch.func.functional_call(self.network, weights, inputs)
+        """(s, a) (K or 1, B, D + A) → mean, log σ² (K, B, D + 1), standardised, logits (K, B, 0 or 1) of K members."""
+        weights = {} if members is None else {name: x[members] for name, x in self.member_weights().items()}
+        outputs = torch.func.functional_call(self.network, weights, (inputs - self.input_mean) / self.input_std)
         mean, log_variance, logits = outputs.tensor_split([self.outputs, 2 * self.outputs], -1)
         low, high = self.log_variance_bounds
         log_variance = high - F.softplus(high - log_variance)
@@ -298,12 +262,6 @@ class DynamicsEnsemble(nn.Module):
             return next_states, rewards, torch.rand_like(rewards) < outcomes[:, -1].sigmoid()
         return next_states, rewards, self.termination(next_states)
 
-    def predict(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """The elites' mean next state (B, D), and their disagreement (B,): how far apart they are, in output σs."""
-        means, _, _ = self(torch.cat([states, actions], -1).unsqueeze(0), self.elites)
-        change = means.mean(0) * self.output_std + self.output_mean
-        return states + change[:, :-1], means.std(0).mean(-1)
-
 
 # Replay -----------------------------------------------------------------------------------------------------
 
@@ -315,20 +273,18 @@ Transitions = namedtuple("Transitions", "observations actions rewards next_obser
 class ReplayBuffer:
     """The newest transitions of N environments, in tensors that are allocated once.
 
-    A step of all N environments takes N rows, and row i + N, modulo the capacity, is the step after row i's in the same
-    environment; but the newest N rows, those before `position`, are followed by the oldest or by rows never written,
-    which no flag marks. The capacity is the largest multiple of N up to what was asked for.
+    A step takes N rows, of capacity // N · N: row i + N, modulo that, is the step after row i's in its environment, but
+    the newest N rows, before `position`, are followed by the oldest or by rows never written, which no flag marks.
     """
 
     def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
-        self.capacity, self.num_envs, self.position, self.size = capacity // num_envs * num_envs, num_envs, 0, 0
+        self.capacity, self.num_envs = max(capacity // num_envs, 1) * num_envs, num_envs
+        self.position, self.size = 0, 0  # where the next step goes, and rows in use
         index, image = isinstance(observation_space, Discrete), observation_space.dtype == np.uint8
         observation = observation_space.shape, torch.int64 if index else torch.uint8 if image else torch.float32
         action = action_space.shape, torch.int64 if isinstance(action_space, Discrete) else torch.float32
         layout = Transitions(observation, action, ((), torch.float32), observation, ((), torch.bool), ((), torch.bool))
         needed = sum(self.capacity * math.prod(shape) * dtype.itemsize for shape, dtype in layout)
-        if self.capacity == 0:
-            fail(f"--buffer-size {capacity} must be at least --num-envs {num_envs}")
         if needed > (free := free_memory(device)):
             fail(f"--buffer-size {capacity} needs {needed:,} bytes, {device} has {free:,} free: choose a smaller one")
         self.data = Transitions(*(torch.zeros(self.capacity, *shape, dtype=x, device=device) for shape, x in layout))
@@ -367,18 +323,7 @@ class ReplayBuffer:
 
 
 class ModelBuffer(ReplayBuffer):
-    """The newest imagined transitions; `add` takes any number of them."""
-
-    def __init__(self, capacity: int, observation_space, action_space, device: torch.device):
-        needed = capacity * (4 * (2 * observation_space.shape[0] + action_space.shape[0] + 1) + 2)
-        if needed > (free := free_memory(device)):
-            flags = "--rollouts-per-step, --model-buffer-age and --rollout-lengths"
-            fail(f"{flags} ask for {capacity:,} transitions, {needed:,} bytes; {device} has {free:,} free: lower one")
-        super().__init__(capacity, 1, observation_space, action_space, device)
-
-    def limit(self, capacity: int) -> None:
-        """How many it holds from now on, at most what was asked for at first."""
-        self.capacity, self.size, self.position = capacity, min(self.size, capacity), self.position % capacity
+    """The newest imagined transitions. `capacity` may be lowered and raised again before an `add`."""
 
     def add(self, *transitions) -> None:
         """The fields of Transitions, each (B, …)."""
@@ -386,18 +331,12 @@ class ModelBuffer(ReplayBuffer):
         rows = (self.position + torch.arange(count, device=self.data.rewards.device)) % self.capacity
         for stored, new in zip(self.data, transitions):
             stored.index_copy_(0, rows, new[-count:])
-        self.size = max(self.size, min(self.position + count, self.capacity))
+        self.size = min(max(self.size, self.position + count), self.capacity)
         self.position = (self.position + count) % self.capacity
 
     def state_dict(self) -> dict:
-        """All rows, where the next ones go, and how many it holds."""
-        state = {name: x[: self.size].clone() for name, x in self.data._asdict().items()}
-        return state | {"position": self.position, "capacity": self.capacity}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Takes over what `state_dict` gave."""
-        super().load_state_dict(state)
-        self.capacity = state["capacity"]
+        """The rows in use, and where the next ones go."""
+        return {name: x[: self.size].clone() for name, x in self.data._asdict().items()} | {"position": self.position}
 
 
 def free_memory(device: torch.device) -> float:
@@ -409,17 +348,13 @@ def free_memory(device: torch.device) -> float:
     return math.inf
 
 
-# The model --------------------------------------------------------------------------------------------------
+# The maths: the model, then soft actor-critic ---------------------------------------------------------------
 
 
-def never(next_states: Tensor) -> Tensor:
-    """Of environments that only a time limit ends."""
-    return torch.zeros(len(next_states), dtype=torch.bool, device=next_states.device)
-
-
+ENDLESS = "Pendulum-v1", "HalfCheetah-v5", "Swimmer-v5", "Reacher-v5", "Pusher-v5"  # only a time limit ends them
 # Whether states (B, D) that a step has led to are terminal (B,): gymnasium's, where gym.make is given no options.
 TERMINATION: dict[str, Callable[[Tensor], Tensor]] = {
-    **dict.fromkeys(("Pendulum-v1", "HalfCheetah-v5", "Swimmer-v5", "Reacher-v5", "Pusher-v5"), never),
+    **dict.fromkeys(ENDLESS, lambda x: torch.zeros_like(x[:, 0], dtype=torch.bool)),
     "InvertedPendulum-v5": lambda x: ~((x[:, 1].abs() <= 0.2) & x.isfinite().all(-1)),
     "InvertedDoublePendulum-v5": lambda x: 0.6 * (x[:, 3] + x[:, 3] * x[:, 4] - x[:, 1] * x[:, 2]) <= 1,  # the tip
     "Hopper-v5": lambda x: ~((x[:, 0] > 0.7) & (x[:, 1].abs() < 0.2) & (x[:, 1:].abs() < 100).all(-1)),
@@ -432,16 +367,13 @@ TERMINATION: dict[str, Callable[[Tensor], Tensor]] = {
 def model_errors(model: nn.Module, inputs: Tensor, outputs: Tensor, terminated: Tensor) -> tuple[Tensor, Tensor]:
     """Of each member (M,): −log p_θᵢ in nats, and the mean square error of μ_i in variances of the outputs.
 
-    Inputs (M or 1, B, D + A), standardised outputs (M or 1, B, D + 1), `terminated` (M or 1, B) 0 or 1: where the model
-    learns it, its −log p is added to both.
+    Inputs, standardised outputs and 0 or 1, (M or 1, B, …); −log p of a learned termination is added to both.
     """
     mean, log_variance, logits = model(inputs)
     square = (outputs - mean).square()
     nll = 0.5 * (square * (-log_variance).exp() + log_variance + math.log(2 * math.pi)).sum(-1).mean(1)
-    surprise = 0.0
-    if model.termination is None:
-        terminated = terminated.expand(logits.shape[:-1])
-        surprise = F.binary_cross_entropy_with_logits(logits.squeeze(-1), terminated, reduction="none").mean(1)
+    ends = terminated.unsqueeze(-1).expand_as(logits)
+    surprise = F.binary_cross_entropy_with_logits(logits, ends, reduction="none").sum(-1).mean(1)  # 0 of no logits
     return nll + surprise, square.mean((1, 2)) + surprise
 
 
@@ -451,9 +383,8 @@ def model_gradient(model, inputs: Tensor, outputs: Tensor, terminated: Tensor, a
     The bounds of log σ² are drawn together a little, to the variances that data have (arXiv 1805.12114, appendix A.1).
     """
     nll, _ = model_errors(model, inputs, outputs, terminated)
-    low, high = model.log_variance_bounds
     weights = sum(x.square().sum() for name, x in model.network.named_parameters() if name.endswith("weight"))
-    loss = nll.sum() + 0.01 * (high - low).sum() + 0.5 * args.model_weight_decay * weights
+    loss = nll.sum() + 0.01 * model.log_variance_bounds.diff(dim=0).sum() + 0.5 * args.model_weight_decay * weights
     loss.backward()
     return {"model_loss": loss.detach()}
 
@@ -461,82 +392,65 @@ def model_gradient(model, inputs: Tensor, outputs: Tensor, terminated: Tensor, a
 def learn_model(model, optimizer, data: Transitions, args: Args, gradient_of=model_gradient) -> dict[str, Tensor]:
     """Trains every member on a bootstrap of `data` until none gets better on the held-out part; returns what to log.
 
-    Better by the square of its error, which a few surprises do not blow up as they do the likelihood. Each member keeps
-    the weights with which it was best, and the best members become the elites.
+    Each keeps its weights of least square error, which surprises blow up less than −log p; the best are the elites.
     """
     inputs = torch.cat([data.observations, data.actions], -1)
     outputs = torch.cat([data.next_observations - data.observations, data.rewards[:, None]], -1)
-    model.standardise(input=inputs, output=outputs)
+    for x, mean, std in ((inputs, model.input_mean, model.input_std), (outputs, model.output_mean, model.output_std)):
+        deviation = x.double().std(0, correction=0)
+        mean.copy_(x.double().mean(0))
+        std.copy_(torch.where(deviation < 1e-6, 1.0, deviation))  # a constant tells nothing
     outputs, terminated = (outputs - model.output_mean) / model.output_std, data.terminated.float()
     order, weights = torch.randperm(len(inputs), device=inputs.device), model.member_weights()
     held_out, rest = order.split([(count := max(1, min(int(args.holdout * len(order)), 5_000))), len(order) - count])
     bootstrap = rest[torch.randint(len(rest), (args.ensemble_size, len(rest)), device=rest.device)]
-
-    @torch.no_grad()
-    def errors() -> tuple[Tensor, Tensor]:
-        model.eval()
-        return model_errors(model, *(x[held_out].unsqueeze(0) for x in (inputs, outputs, terminated)))
-
-    best_nll, best = errors()
     best_weights = {name: x.detach().clone() for name, x in weights.items()}
-    losses, epochs, waited = [], 0, 0
-    while waited < args.patience and epochs < args.model_epochs:
+    best = best_nll = torch.full((args.ensemble_size,), math.inf, device=inputs.device)
+    losses, waited = [], 0
+    for epoch in range(args.model_epochs + 1):
+        with torch.no_grad():
+            model.eval()
+            nll, error = model_errors(model, *(x[held_out].unsqueeze(0) for x in (inputs, outputs, terminated)))
+        better = error < 0.99 * best
+        best, best_nll = torch.where(better, error, best), torch.where(better, nll, best_nll)
+        for name, x in weights.items():
+            best_weights[name][better] = x.detach()[better]
+        waited = 0 if better.any() else waited + 1
+        if waited == args.patience or epoch == args.model_epochs:
+            break
         model.train()
         shuffled = bootstrap.gather(1, torch.rand_like(bootstrap, dtype=torch.float32).argsort(1))
         for rows in shuffled.split(args.model_batch_size, 1):
             optimizer.zero_grad()
             losses.append(gradient_of(model, inputs[rows], outputs[rows], terminated[rows], args)["model_loss"])
             optimizer.step()
-        nll, error = errors()
-        better = error < 0.99 * best
-        best, best_nll = torch.where(better, error, best), torch.where(better, nll, best_nll)
-        for name, x in weights.items():
-            best_weights[name][better] = x.detach()[better]
-        epochs, waited = epochs + 1, 0 if better.any() else waited + 1
     for name, x in weights.items():
         x.detach().copy_(best_weights[name])
     model.elites.copy_(best.argsort()[: args.num_elites])
-    held_out = dict(model_nll=best_nll.mean(), model_error=best.mean())
-    return held_out | dict(model_loss=torch.stack(losses).mean(), model_epochs=torch.tensor(float(epochs)))
+    metrics = dict(model_nll=best_nll.mean(), model_error=best.mean())
+    return metrics | dict(model_loss=torch.stack(losses).mean(), model_epochs=torch.tensor(float(epoch)))
 
 
 @torch.no_grad()
 def branched_rollouts(model, agent, states: Tensor, length: int) -> Iterator[Transitions]:
     """`length` steps under the policy from states (B, D), each as Transitions; what has terminated goes no further."""
-    for _ in range(length):
-        if len(states) == 0:
-            return
+    while length > 0 and len(states) > 0:
         noise = torch.randn(len(states), agent.action_size, device=states.device)
         actions, _ = squashed_gaussian(*agent.policy(states), noise)
         next_states, rewards, terminated = model.step(states, actions)
         yield Transitions(states, actions, rewards, next_states, terminated, torch.zeros_like(terminated))
-        states = next_states[~terminated]
+        states, length = next_states[~terminated], length - 1
 
 
 @torch.no_grad()
 def model_diagnostics(model, buffer: ReplayBuffer, newest: int) -> dict[str, float]:
-    """Charts of how well the model knows the `newest` steps of every environment, which it has yet to learn from.
-
-    Root mean squared errors after 1 and after 5 real actions, in deviations of the state, where so many follow within
-    an episode; and the elites' disagreement, which is what the model can tell of its error by itself.
-    """
-    data, charts = buffer.data, {}
-    age = torch.arange(newest * buffer.num_envs, 0, -1, device=data.rewards.device)  # rows before the next one
-    states, within = data.observations[(buffer.position - age) % buffer.capacity], age > 0
-    for step in range(1, 6):
-        rows = (buffer.position - age) % buffer.capacity
-        states, disagreement = model.predict(states, data.actions[rows])
-        error = ((states - data.next_observations[rows]) / model.input_std[: states.shape[-1]]).square().mean(-1)
-        if step == 1:
-            charts["disagreement"] = disagreement.mean().item()
-        if step in (1, 5) and within.any():
-            charts[f"{step}_step_error"] = error[within].mean().sqrt().item()
-        age = age - buffer.num_envs
-        within = within & (age > 0) & ~(data.terminated[rows] | data.truncated[rows])
-    return charts
-
-
-# Soft actor-critic ------------------------------------------------------------------------------------------
+    """Of the `newest` rows, yet to be learned from: RMS error and disagreement of the elites' means, in output σs."""
+    age = torch.arange(1, newest + 1, device=buffer.data.rewards.device)
+    data = buffer.get((buffer.position - age) % buffer.capacity)
+    outputs = torch.cat([data.next_observations - data.observations, data.rewards[:, None]], -1)
+    means, _, _ = model(torch.cat([data.observations, data.actions], -1).unsqueeze(0), model.elites)
+    error = means.mean(0) - (outputs - model.output_mean) / model.output_std
+    return {"unseen_error": error.square().mean().sqrt().item(), "disagreement": means.std(0).mean().item()}
 
 
 def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -545,14 +459,6 @@ def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Ten
     log_gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 − tanh² u)
     return u.tanh(), (log_gaussian - log_slope).sum(-1)
-
-
-def soft_q_target(rewards, terminated, next_q: Tensor, next_log_probs, alpha: Tensor, gamma: float) -> Tensor:
-    """y = r + γ (min_i Q_i(s', a') − α log π(a'|s')), and r where s' is terminal; (B,), next_q (M, B).
-
-    arXiv 1812.05905, equations 2, 3 and 5, with the minimum over two critics of the paper's practical algorithm.
-    """
-    return rewards + gamma * (next_q.min(0).values - alpha * next_log_probs) * ~terminated
 
 
 def sac_critic_gradient(agent, target, batch: tuple, noise: Tensor, members: Tensor | None, args: Args) -> dict:
@@ -566,7 +472,8 @@ def sac_critic_gradient(agent, target, batch: tuple, noise: Tensor, members: Ten
         next_q = target(next_states, next_actions)
         next_q = next_q if members is None else next_q[members]
         alpha = agent.log_alpha.exp()
-        targets = soft_q_target(batch.rewards, batch.terminated, next_q, next_log_probs, alpha, args.gamma)
+        soft_values = next_q.min(0).values - alpha * next_log_probs  # (B,); arXiv 1812.05905, eq. 3
+        targets = batch.rewards + args.gamma * soft_values * ~batch.terminated
     q_values = agent.critics(agent.encode(batch.observations), batch.actions)
     loss = 0.5 * (q_values - targets).square().mean(1).sum()
     loss.backward()
@@ -595,31 +502,28 @@ def value_expansion_gradient(model, agent, target, batch: tuple, noise: Tensor, 
     """As sac_critic_gradient, with targets of H imagined steps; noise (H + 1, B, A) is that of the actions after a.
 
     v_H = min_i Q_θ⁻ᵢ(ŝ_H, â_H) − α log π(â_H|ŝ_H);   y_t = r̂_t + γ v_{t+1} and v_t = y_t − α log π(â_t|ŝ_t) for t < H.
-    y_t is the target of Q(ŝ_t, â_t) and r + γ v_0 that of Q(s, a), of which the former sees states that the model leads
-    to (the TD-k trick of arXiv 1803.00101); ŝ_0 is the real s'. After a termination nothing follows.
+    Q(ŝ_t, â_t) learns y_t (TD-k trick of arXiv 1803.00101), Q(s, a) learns r + γ v_0; ŝ_0 = s'. A termination ends it.
     """
     with torch.no_grad():
-        alpha, steps = agent.log_alpha.exp(), []
+        alpha, pairs = agent.log_alpha.exp(), (agent.encode(batch.observations), batch.actions, batch.rewards)
+        steps = [(*pairs, torch.ones_like(batch.terminated), torch.zeros_like(batch.rewards))]  # no log π(a|s) counts
         states, alive = agent.encode(batch.next_observations), ~batch.terminated
         for noise_t in noise[:-1]:
             actions, log_probs = squashed_gaussian(*agent.policy(states), noise_t)
             next_states, rewards, terminated = model.step(states, actions)
-            steps.append((states, actions, log_probs, rewards, alive))
+            steps.append((states, actions, rewards, alive, log_probs))
             states, alive = next_states, alive & ~terminated
         actions, log_probs = squashed_gaussian(*agent.policy(states), noise[-1])
         next_q = target(states, actions)
         next_q = next_q if members is None else next_q[members]
         values = (next_q.min(0).values - alpha * log_probs) * alive
         targets = []
-        for _, _, log_probs, rewards, alive in reversed(steps):
+        for _, _, rewards, alive, log_probs in reversed(steps):
             targets.insert(0, rewards + args.gamma * values)
             values = (targets[0] - alpha * log_probs) * alive
-        targets = torch.cat([batch.rewards + args.gamma * values, *targets])
-        weights = torch.cat([torch.ones_like(batch.rewards), *(alive.float() for *_, alive in steps)])
-        states = torch.cat([agent.encode(batch.observations), *(states for states, *_ in steps)])
-        actions = torch.cat([batch.actions, *(actions for _, actions, *_ in steps)])
+        states, actions, _, weights, _ = map(torch.cat, zip(*steps))
     q_values = agent.critics(states, actions)
-    loss = 0.5 * ((q_values - targets).square() * weights).sum(1).sum() / weights.sum()
+    loss = 0.5 * ((q_values - torch.cat(targets)).square() * weights).sum(1).sum() / weights.sum()
     loss.backward()
     return {"critic_loss": loss.detach(), "q_values": q_values[:, : len(batch.rewards)].detach().mean()}
 
@@ -632,46 +536,6 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
         old.copy_(new)
 
 
-class FlatAdam(torch.optim.Adam):
-    """torch.optim.Adam on all parameters as one vector, of which they become views: the same numbers, a tenth faster.
-
-    Gradients stay ordinary tensors, which `step` gathers. What it cannot do right it refuses.
-    """
-
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, **settings):
-        self.parameters = list(params)
-        kinds = {(p.dtype, p.device) if isinstance(p, Tensor) else None for p in self.parameters}
-        if len(kinds) > 1 or None in kinds:
-            raise TypeError("FlatAdam takes parameters of one group, type and device: take torch.optim.Adam instead")
-        vector = nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
-        for p, view in zip(self.parameters, vector.data.split([p.numel() for p in self.parameters])):
-            p.data = view.view_as(p)
-        self.pointers = [p.data_ptr() for p in self.parameters]
-        super().__init__([vector], lr, fused=True, **settings)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the parameters' gradients."""
-        super().zero_grad()  # of groups that were added
-        for p in self.parameters:
-            p.grad = None
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step down the parameters' .grad: torch.optim.Adam's kernel, with little of the Python around it."""
-        if closure or any(p.grad is None or p.data_ptr() != x for p, x in zip(self.parameters, self.pointers)):
-            raise RuntimeError("FlatAdam: a parameter has no gradient, or new memory: take torch.optim.Adam instead")
-        group, vector = self.param_groups[0], self.param_groups[0]["params"][0]
-        vector.grad = torch.cat([p.grad.flatten() for p in self.parameters])
-        state, unusual = self.state[vector], len(self.param_groups) > 1 or group["decoupled_weight_decay"]
-        if vector.is_cuda or not state or unusual or group["amsgrad"]:
-            group["capturable"] = vector.is_cuda and torch.cuda.is_current_stream_capturing()  # in a CUDA graph
-            return super().step()
-        state["step"] += 1
-        tensors = [vector], [vector.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]
-        settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
-        torch._fused_adam_(*tensors, beta1=group["betas"][0], beta2=group["betas"][1], **settings)
-
-
 def compiled(function: Callable, device: torch.device) -> Callable:
     """torch.compile, the backward pass in the function included; on CUDA as CUDA graphs, whose results are copied."""
     graphs = torch.compile(function, mode="reduce-overhead" if device.type == "cuda" else None)
@@ -681,51 +545,34 @@ def compiled(function: Callable, device: torch.device) -> Callable:
 # Training ---------------------------------------------------------------------------------------------------
 
 
-def check_off_policy(args: Args, action_space: gym.Space) -> None:
-    """Refuses a run that never learns, and actions whose bounds nothing in [−1, 1] can be scaled to."""
-    if args.learning_starts >= args.total_timesteps:
-        fail(f"--learning-starts {args.learning_starts} must be below --total-timesteps {args.total_timesteps}")
-    width = action_space.high.astype(np.float64) - action_space.low
-    if not (width < (np.finfo(np.float32).max if action_space.dtype.kind == "f" else 2**53)).all():
-        fail(f"{args.env_id} has the actions {action_space}, too wide to be scaled to; ppo.py takes them")
-
-
-def check_model_arguments(args: Args, observation_space: gym.Space) -> None:
-    """Refuses what the flags' types allow and the algorithm does not."""
-    k_1, k_2, t_1, t_2 = args.rollout_lengths
-    if not isinstance(observation_space, Box) or observation_space.dtype.kind != "f":
-        fail(f"{args.env_id} has the observations {observation_space}; mbpo predicts real numbers. Use sac.py")
-    if args.critic_subset > args.num_critics:
-        fail(f"--critic-subset {args.critic_subset} must be at most --num-critics {args.num_critics}")
-    if args.num_elites > args.ensemble_size:
-        fail(f"--num-elites {args.num_elites} must be at most --ensemble-size {args.ensemble_size}")
-    if args.holdout in (0, 1):
-        fail(f"--holdout {args.holdout} must be between 0 and 1")
-    if min(k_1, k_2) < 1 or t_1 >= t_2:
-        fail(f"--rollout-lengths {k_1} {k_2} {t_1} {t_2}: k₁ and k₂ must be at least 1, and t₁ before t₂")
-    if args.env_id not in TERMINATION:
-        tqdm.write(f"{ALGO}.py: how episodes of {args.env_id} end is not known here: the model learns it", sys.stderr)
-
-
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
     with Run(args) as run:
-        torch.set_float32_matmul_precision(args.matmul_precision)
         envs = Envs(args, args.num_envs, (Box,))
         spaces = envs.observation_space, envs.action_space
-        check_off_policy(args, envs.action_space)
-        check_model_arguments(args, envs.observation_space)
+        if args.learning_starts >= args.total_timesteps:
+            fail(f"--learning-starts {args.learning_starts} must be below --total-timesteps {args.total_timesteps}")
+        if not (envs.action_space.high / 2 - envs.action_space.low / 2 < np.finfo(np.float32).max / 2).all():
+            fail(f"{args.env_id} has the actions {envs.action_space}, too wide to be scaled to; ppo.py takes them")
+        if not isinstance(spaces[0], Box) or spaces[0].dtype.kind != "f":
+            fail(f"{args.env_id} has the observations {spaces[0]}; mbpo predicts real numbers. Use sac.py")
+        if args.critic_subset > args.num_critics or args.num_elites > args.ensemble_size:
+            fail("--critic-subset must be at most --num-critics, and --num-elites at most --ensemble-size")
+        k_1, k_2, t_1, t_2 = args.rollout_lengths
+        if min(k_1, k_2) < 1 or t_1 >= t_2:
+            fail(f"--rollout-lengths {k_1} {k_2} {t_1} {t_2}: k₁ and k₂ must be at least 1, and t₁ before t₂")
+        if args.env_id not in TERMINATION:
+            tqdm.write(f"{ALGO}.py: when {args.env_id} ends is not known here: the model learns it", sys.stderr)
         agent = SoftActorCritics(*spaces, args.hidden_sizes, args.num_critics, args.alpha).to(run.device)
         target = copy.deepcopy(agent.critics).requires_grad_(False).eval()
-        sizes = spaces[0].shape[0], agent.action_size, args.model_hidden_sizes
-        model = DynamicsEnsemble(args.ensemble_size, args.num_elites, *sizes, TERMINATION.get(args.env_id))
-        model_optimizer = FlatAdam(model.to(run.device).eval().parameters(), args.model_learning_rate)
-        critic_optimizer = FlatAdam(agent.critics.parameters(), args.learning_rate)
-        actor_optimizer = FlatAdam(agent.actor.parameters(), args.learning_rate)
-        alpha_optimizer = FlatAdam([agent.log_alpha], args.learning_rate)
-        gradients = [sac_critic_gradient, sac_actor_gradient, model_gradient]
-        if args.value_expansion:
-            gradients[0] = functools.partial(value_expansion_gradient, model)
+        sizes, ends = (spaces[0].shape[0], agent.action_size, args.model_hidden_sizes), TERMINATION.get(args.env_id)
+        model = DynamicsEnsemble(args.ensemble_size, args.num_elites, *sizes, ends).to(run.device).eval()
+        model_optimizer = torch.optim.Adam(model.parameters(), args.model_learning_rate, fused=True)
+        critic_optimizer = torch.optim.Adam(agent.critics.parameters(), args.learning_rate, fused=True)
+        actor_optimizer = torch.optim.Adam(agent.actor.parameters(), args.learning_rate, fused=True)
+        alpha_optimizer = torch.optim.Adam([agent.log_alpha], args.learning_rate, fused=True)
+        expansion = functools.partial(value_expansion_gradient, model) if args.value_expansion else None
+        gradients = expansion or sac_critic_gradient, sac_actor_gradient, model_gradient
         if args.compile:
             run.enter_context(torch._inductor.config.patch(fallback_random=True))  # draws as if not compiled
             gradients = [compiled(x, run.device) for x in gradients]
@@ -733,11 +580,13 @@ def train(args: Args) -> dict:
         real_rows = args.batch_size if args.value_expansion else round(args.real_ratio * args.batch_size)
         imagines, kept = real_rows < args.batch_size, args.rollouts_per_step * args.model_buffer_age
         buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, run.device)
-        imagined = ModelBuffer(kept * max(args.rollout_lengths[:2]) if imagines else 1, *spaces, run.device)
-        modules = dict(agent=agent, target=target, model=model, buffer=buffer, imagined=imagined)
+        capacity = kept * max(k_1, k_2) if imagines else 1
+        if capacity * sum(x[0].nbytes for x in buffer.data) > free_memory(run.device):
+            fail(f"{capacity:,} imagined transitions do not fit: lower --model-buffer-age or --rollouts-per-step")
+        imagined = ModelBuffer(capacity, 1, *spaces, run.device)
+        modules = dict(agent=agent, target=target, model=model, buffer=buffer, imagined=imagined)  # for checkpoints
         modules |= dict(model_optimizer=model_optimizer, critic_optimizer=critic_optimizer)
-        modules |= dict(actor_optimizer=actor_optimizer, alpha_optimizer=alpha_optimizer)
-        run.start(envs, **modules)  # all that a checkpoint holds
+        run.start(envs, **modules, actor_optimizer=actor_optimizer, alpha_optimizer=alpha_optimizer)
 
         obs, metrics, charts, logged_step = envs.reset(args.seed + run.step), [], {}, run.step
         while run.goes_on():
@@ -759,15 +608,13 @@ def train(args: Args) -> dict:
             is_due = run.step >= (learned_at + args.model_frequency if learned_at else args.learning_starts)
             if is_due and (imagines or args.value_expansion):
                 if learned_at:
-                    new_steps = min(run.step - learned_at, buffer.size) // args.num_envs
-                    charts |= model_diagnostics(model, buffer, new_steps)
+                    charts |= model_diagnostics(model, buffer, min(run.step - learned_at, buffer.size))
                 data = Transitions(*(x[: buffer.size] for x in buffer.data))
                 metrics.append(learn_model(model, model_optimizer, data, args, gradient_of_model))
                 model.learned_at.fill_(run.step)
             if is_due and imagines:
-                k_1, k_2, t_1, t_2 = args.rollout_lengths
                 charts["rollout_length"] = length = int(np.interp(run.step, (t_1, t_2), (k_1, k_2)))
-                imagined.limit(kept * length)
+                imagined.capacity = kept * length
                 starts = buffer.draw_rows(args.rollouts_per_step * args.model_frequency)
                 for transitions in branched_rollouts(model, agent, data.observations[starts], length):
                     imagined.add(*transitions)
@@ -812,42 +659,31 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
     for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
         stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--env-id", "--env_id", default=Args.env_id)
-    early.add_argument("--resume")
-    known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
-    if known.resume:
-        defaults = load_checkpoint(known.resume)["args"]
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    defaults = replace(Args(), **{"env_id": given.env_id} | RECOMMENDED.get(given.env_id, {}))
+    if given.resume:
+        defaults = load_checkpoint(given.resume)["args"]
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
-    args = tyro.cli(Args, default=defaults, args=argv, description=description)
-    if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
-        fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
-    return args
-
-
-def check_args(args: Args) -> None:
-    """Refuses a value outside the range that its type in Args names."""
-    for name, hint in get_type_hints(Args, include_extras=True).items():
-        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
-        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
-            if not all(x is None or low <= x <= high for x in values):
-                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
+    return tyro.cli(Args, default=defaults, args=argv, description=f"Settings taken with --env-id alone:\n\n{table}")
 
 
 def load_checkpoint(folder: str, **modules) -> dict:
     """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
-    try:
-        mmap = sys.platform != "win32"  # there a file that optimisers still read from could not be replaced
-        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=mmap)
-        if state["algo"] != ALGO:
-            raise ValueError(f"it is {state['algo']}.py's")
-        state["args"] = Args(**state["args"])
+    try:  # without mmap on Windows, where a file that optimisers still read from could not be replaced
+        state = torch.load(Path(folder, "checkpoint.pt"), "cpu", weights_only=True, mmap=sys.platform != "win32")
+        state["args"] = {ALGO: Args}[state["algo"]](**state["args"])  # a KeyError names the script that it is of
         for name, module in modules.items():
             module.load_state_dict(state[name])
     except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
@@ -858,10 +694,9 @@ def load_checkpoint(folder: str, **modules) -> dict:
 def make_env(args: Args, **kwargs) -> gym.Env:
     """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
     try:
-        env = gym.make(args.env_id, **kwargs)
+        env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {}, **kwargs)
     except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
-        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
-        hint = "--capture-video needs it to render" if "render_mode" in kwargs else hint
+        hint = "kwargs go into gym.register; ppo_atari.py and dqn_atari.py play Atari; --capture-video needs rgb_array"
         fail(f"--env-id {args.env_id}: {error} ({hint})")
     plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
     return env if plain else gym.wrappers.FlattenObservation(env)
@@ -874,27 +709,26 @@ class Envs:
     """
 
     def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
-        kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
-        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
-        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
-        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        self.envs, self.num_envs = [make_env(args, **kwargs) for _ in range(num_envs)], num_envs
+        self.observation_space, space = self.envs[0].observation_space, self.envs[0].action_space
+        self.action_space, self.time_limit = space, self.envs[0].spec.max_episode_steps
         index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
         self.dtype = np.int64 if index else np.uint8 if image else np.float32
         self.episodes = []  # (environment, return, length) of those that ended in the last step
         if len(self.observation_space.shape) == 3:
             fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
-        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
-            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
-            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
-            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+        odd = isinstance(space, Box) and space.dtype.kind != "f" or len(space.shape or ()) > 1
+        if odd or not isinstance(space, action_spaces):
+            takes = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box; a Box is to be a vector of floats"
+            fail(f"{args.env_id} has the actions {space}; {ALGO}.py cannot take them ({takes})")
 
-    def film(self, args: Args, folder: str, name: str) -> None:
-        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
-        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], folder, name_prefix=name)
+    def film(self, folder: Path, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, and on from there to 1000 images at most."""
+        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], str(folder), name_prefix=name, video_length=1000)
 
     def reset(self, seed: int) -> np.ndarray:
         """First observations (N, …); environment i is seeded with seed + i."""
-        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
 
     def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
@@ -902,21 +736,17 @@ class Envs:
 
         The two observations differ where an episode ended: it reached its final one, and the next one has begun.
         """
-        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
-        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        reached = np.empty((self.num_envs, *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(self.num_envs), np.empty((2, self.num_envs), bool)
         for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
-            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
-            rewards[i] = reward = float(reward)
-            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
-            if self.lengths[i] == 1000 and getattr(env, "recording", False):
-                env.stop_recording()  # its frames are kept in memory
-        finite("reward", rewards)
-        finite("observation", reached)
-        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
-        for i, *_ in self.episodes:
-            obs = reached.copy() if obs is reached else obs
-            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
-        return obs, reached, rewards, terminated, truncated
+            reached[i], rewards[i], terminated[i], truncated[i], _ = env.step(action)
+        self.returns, self.lengths = self.returns + finite("reward", rewards), self.lengths + 1
+        ended = np.flatnonzero(terminated | truncated)
+        self.episodes = [(i, float(self.returns[i]), int(self.lengths[i])) for i in ended]
+        obs = reached.copy() if len(ended) else reached
+        for i in ended:
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0, 0
+        return obs, finite("observation", reached), rewards.astype(np.float32), terminated, truncated
 
     def close(self) -> None:
         """Closes them all."""
@@ -924,31 +754,31 @@ class Envs:
             env.close()
 
 
-def finite(name: str, numbers: np.ndarray) -> np.ndarray:
-    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
-    if not np.isfinite(numbers).all():
-        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
-    return numbers
-
-
 class Run(ExitStack):
     """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
 
     def __init__(self, args: Args):
         super().__init__()
-        check_args(args)
-        self.args, self.step, self.saved_step, self.longest_episode = args, 0, 0, 0
-        self.updates = 0  # gradient steps, in files whose schedules count them
-        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        if kind != "cpu" and not getattr(torch, kind).is_available():
-            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        for name, hint in get_type_hints(Args, include_extras=True).items():
+            values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+            for low, high, text in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+                if not all(x is None or low <= x <= high for x in values):
+                    fail(f"--{name.replace('_', '-')} {value} must be {text}")
         if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
-        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.args, self.dir, self.recent_returns, self.stopped = args, Path(os.devnull), deque(maxlen=100), False
+        self.step = self.updates = self.longest_episode = self.saved_step = 0  # updates: gradient steps
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(best if args.device == "auto" else args.device)
+        if self.device.type != "cpu" and not getattr(torch, self.device.type).is_available():
+            fail(f"--device {args.device}: PyTorch {torch.__version__} finds no such device here; use --device auto")
         self.callback(torch.set_num_threads, torch.get_num_threads())
         self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         if args.compile:
-            self.compile_backward()
+            if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+                fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+            if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # takes loss.backward() into the graph
+                self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
 
         def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
             self.stopped = True
@@ -958,21 +788,16 @@ class Run(ExitStack):
             for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
                 self.callback(signal.signal, number, signal.signal(number, stop))
         torch.set_num_threads(args.torch_threads)
-        random.seed(args.seed)
-        np.random.seed(args.seed)  # for environments that draw from these two; a checkpoint has PyTorch's state alone
-        torch.manual_seed(args.seed)
-
-    def compile_backward(self) -> None:
-        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
-        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
-            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
-        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
-            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # the first two for environments that use them
+            seed(args.seed)
 
     def __exit__(self, kind, error, trace) -> bool:
         super().__exit__(kind, error, trace)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        unfinished = self.dir / "checkpoint.tmp"
+        full = unfinished.exists() or getattr(error, "errno", None) == errno.ENOSPC
+        if full and isinstance(error, OSError | RuntimeError):
+            unfinished.unlink(missing_ok=True)
+            fail(f"{error}; is the disk full? The checkpoint of step {self.saved_step} stays", code=1)
         if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return isinstance(error, BrokenPipeError)
@@ -990,40 +815,40 @@ class Run(ExitStack):
             fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
             state = load_checkpoint(args.resume, **modules)
+            if replace(state["args"], resume=args.resume, total_timesteps=args.total_timesteps) != args:
+                fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
             self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
             self.saved_step = self.step
             torch.set_rng_state(state["rng"])
             torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         self.start_time = time.time() - state["seconds"]
         self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
-        about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
-        about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
+        versions = {"python": sys.version.split()[0]} | {x.__name__: x.__version__ for x in (torch, gym, np)}
+        about = {"algo": ALGO, "args": asdict(replace(args, resume=None)), "versions": versions}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
         if args.capture_video:
-            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
+            envs.film(self.dir / "videos", f"from-step-{self.step}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
         self.callback(self.writer.close)
         if not args.resume:
             self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
         recommended, given = RECOMMENDED.get(args.env_id, {}), asdict(args)
-        taken = " ".join(f"{name}={given[name]}" for name in recommended if given[name] == recommended[name])
-        other = " ".join(f"{name}={given[name]}" for name in recommended if given[name] != recommended[name])
-        print(f"recommended settings taken: {taken or 'none'}; overridden: {other or 'none'}", flush=True)
+        words = (f"{x}={given[x]}" + f" (not {value})" * (given[x] != value) for x, value in recommended.items())
+        print(f"recommended settings: {' '.join(words) or 'none'}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
         self.callback(self.bar.close)
 
     def new_dir(self) -> Path:
         """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
-        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        env_id = re.sub(r"[^\w.=-]+", "-", self.args.env_id)  # Windows refuses colons, for instance
+        path = Path(self.args.output_dir).expanduser() / f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+            for name in itertools.chain([path], (f"{path}_{n}" for n in itertools.count(1))):
                 with suppress(FileExistsError):
-                    path.mkdir()
-                    return path
+                    os.makedirs(name)
+                    return Path(name)
         except OSError as error:
             fail(f"--output-dir {self.args.output_dir}: {error}")
 
@@ -1039,16 +864,12 @@ class Run(ExitStack):
         if not all(x.isfinite().all() for network in networks for x in network.parameters()):
             fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
         state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
-        try:
-            torch.save(state, self.dir / "checkpoint.tmp")
-            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
-        except (OSError, RuntimeError) as error:
-            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
-            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None)), "rng": torch.get_rng_state()}
+        state |= {"seconds": time.time() - self.start_time, "cuda_rng": torch.cuda.get_rng_state_all()}
+        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
+        torch.save(state, self.dir / "checkpoint.tmp")
+        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
         self.saved_step = self.step
 
     def advance(self, envs) -> None:
@@ -1063,14 +884,14 @@ class Run(ExitStack):
 
     def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
         """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
-        names = dict.fromkeys(itertools.chain(*metrics))
-        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
-        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
-            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
         charts["SPS"] = self.step / (time.time() - self.start_time)
-        for group, values in (("losses", losses), ("charts", charts)):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{group}/{name}", value, self.step)
+        scalars = {f"charts/{name}": value for name, value in charts.items()}
+        for name in dict.fromkeys(itertools.chain(*metrics)):
+            scalars[f"losses/{name}"] = value = torch.stack([x[name] for x in metrics if name in x]).mean().item()
+            if not math.isfinite(value):
+                fail(f"{name} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.step)
         self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
         self.bar.update(self.step - self.bar.n)
 

@@ -298,7 +298,9 @@ def ppo_gradient(agent: nn.Module, batch: PPOBatch, clip: Tensor | float, args: 
     """Leaves ∇L(θ), of norm --max-grad-norm at most, in the parameters' .grad; with --compile this is one graph."""
     loss, metrics = ppo_loss(agent, batch, clip, args)
     loss.backward()
-    average_gradients(agent)
+    if dist.is_initialized():  # by torchrun: take the mean over the processes
+        for gradient in [p.grad for p in agent.parameters() if p.grad is not None]:
+            gradient.copy_(gathered(gradient.unsqueeze(0)).mean(0))
     clip_gradient(agent.parameters(), args.max_grad_norm)
     return metrics
 
@@ -308,44 +310,6 @@ def shuffled_minibatches(batch: tuple, epochs: int, num_minibatches: int) -> Ite
     for _ in range(epochs):
         order = torch.randperm(len(batch[0]), device=batch[0].device)
         yield from map(type(batch), *(x[order].chunk(num_minibatches) for x in batch))
-
-
-class FlatAdam(torch.optim.Adam):
-    """torch.optim.Adam on all parameters as one vector, of which they become views: the same numbers, a tenth faster.
-
-    Gradients stay ordinary tensors, which `step` gathers. What it cannot do right it refuses.
-    """
-
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, **settings):
-        self.parameters = list(params)
-        plain = all(isinstance(p, Tensor) and p.dtype == torch.float32 for p in self.parameters)
-        if not plain or settings.keys() - {"eps", "betas", "weight_decay"}:
-            raise TypeError("FlatAdam: one list of float32, eps, betas, weight_decay, or take torch.optim.Adam instead")
-        vector = nn.utils.parameters_to_vector(self.parameters).detach()
-        nn.utils.vector_to_parameters(vector, self.parameters)  # makes them views of it
-        self.pointers = [p.data_ptr() for p in self.parameters]
-        super().__init__([vector], lr, fused=True, **settings)
-        zeros = {name: torch.zeros_like(vector) for name in ("exp_avg", "exp_avg_sq")}
-        self.state[vector] = {"step": torch.zeros((), device=vector.device)} | zeros
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the parameters' gradients."""
-        for p in self.parameters:
-            p.grad = None
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step down the parameters' .grad, by the kernel of torch.optim.Adam."""
-        whole = all(p.grad is not None and p.data_ptr() == x for p, x in zip(self.parameters, self.pointers))
-        if closure or not whole or len(self.param_groups) > 1:
-            what = "a parameter has no gradient or new memory, or there is a closure or an added group"
-            raise RuntimeError(f"FlatAdam: {what}: take torch.optim.Adam instead")
-        (group,), ((vector, state),) = self.param_groups, self.state.items()
-        gradient, (beta1, beta2) = torch.cat([p.grad.flatten() for p in self.parameters]), group["betas"]
-        state["step"] += 1
-        tensors = [vector], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]
-        settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
-        torch._fused_adam_(*tensors, beta1=beta1, beta2=beta2, **settings)
 
 
 def anneal(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -371,7 +335,7 @@ def train(args: Args) -> dict:
         if batch_size % args.num_minibatches:
             fail(f"--num-minibatches {args.num_minibatches} must divide --num-envs × --num-steps = {batch_size}")
         agent = ActorCritic(*spaces, args.hidden_sizes, args.normalize_observations, args.log_std_init).to(run.device)
-        optimizer = FlatAdam(agent.parameters(), args.learning_rate, eps=1e-5)
+        optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
         gradient_of = compiled(ppo_gradient, run.device) if args.compile else ppo_gradient
         clip = torch.tensor(args.clip_coef, device=run.device)  # a number would be a constant of the compiled gradient
         run.start(envs, agent=agent, optimizer=optimizer)  # all that a checkpoint holds
@@ -759,13 +723,6 @@ def gathered(batch: Tensor) -> Tensor:
     parts = [torch.empty_like(batch) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, batch.contiguous())
     return torch.cat(parts)
-
-
-def average_gradients(module: nn.Module) -> None:
-    """Each parameter's .grad becomes its mean over the processes."""
-    if dist.is_initialized():
-        for gradient in [p.grad for p in module.parameters() if p.grad is not None]:  # a frozen one has none
-            gradient.copy_(gathered(gradient.unsqueeze(0)).mean(0))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,13 @@ The algorithm is that of ppo.py,
 with one convolutional network that ends in both the policy and the value. Details that matter, and why:
 - ale_py's own C++ environments: a step is 4 frames, the last two of them maximised (sprites flicker), grey, 84 × 84;
   an observation is the newest 4 of such images. A step is an agent's step: 1 M steps are 4 M frames.
-- Two protocols. `machado` (Machado et al. 2018, arXiv 1709.06009): the emulator repeats the last action with
-  probability 0.25, and a lost life is no termination. `nature` (Mnih et al. 2015): no such repetition, up to 30 frames
-  without action at the start, and a lost life is a termination for learning, though the game goes on; FIRE is pressed
-  at a game's start, as in OpenAI's Baselines, but not after a lost life. Either way a game ends after 108 000 frames.
-- The training reward is the sign of the game's, so that one step size does for all games; what is logged and evaluated
-  is the score of full games, unclipped, under both protocols.
-- Observations stay uint8 until the network, which makes them [0, 1], channels last.
-- Log-probabilities and values are those of acting: one forward pass for each step, one more at the rollout's end,
-  and one where a time limit ends a game, for the value of its final observation.
+- Protocol `machado` (2018, arXiv 1709.06009): the emulator repeats the last action with probability 0.25. `nature`
+  (Mnih et al. 2015): up to 30 frames without action, then FIRE, begin a game; learning takes a lost life for its end.
+- Learning sees the rewards' signs, so that one step size does for all games; logged and evaluated are full scores.
+- Log-probabilities and values are those of acting; a game that a time limit ends is valued at its final observation.
 - Orthogonal initialisation, gain √2, 0.01 for the policy's layer and 1 for the value's; Adam's ε is 1e-5.
-
-Against Stable-Baselines3 (SB3): the same update as PPO with CnnPolicy (parameters agree to 1e-5,
-tests/test_ppo_atari.py). SB3 reads its schedules after a rollout, here they are read before it.
+- Stable-Baselines3 (SB3) makes the same update in PPO with CnnPolicy (tests/test_ppo_atari.py). It reads its schedules
+  after a rollout, here they are read before it.
 
     python algos/ppo_atari.py --torch-threads 4              # ALE/Pong-v5
     python algos/ppo_atari.py --env-id ALE/Breakout-v5 --protocol nature
@@ -27,7 +21,6 @@ tests/test_ppo_atari.py). SB3 reads its schedules after a rollout, here they are
     torchrun --nproc-per-node 2 algos/ppo_atari.py           # data parallel: each process has its own environments
 """
 
-import argparse
 import copy
 import errno
 import hashlib
@@ -49,20 +42,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
 
-import ale_py
+import ale_py  # noqa: F401  (gymnasium knows its environments from here on)
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
 from gymnasium.spaces import Box, Discrete
-from gymnasium.utils.save_video import capped_cubic_video_schedule, save_video
+from gymnasium.utils.save_video import save_video
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest and both in words, for check_args
+Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest, in words: Run checks them
 Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
 Fraction = Annotated[float, (0, 1, "from 0 to 1")]
 Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
@@ -122,36 +115,29 @@ class PixelEnvs:
     """
 
     def __init__(self, args: Args, num_envs: int, max_episode_steps: int | None = None):
-        gym.register_envs(ale_py)
-        self.num_envs, self.dtype, self.nature = num_envs, np.uint8, args.protocol == "nature"
-        self.episodes, self.ended = [], np.zeros(num_envs, bool)  # episodes: as in Envs
-        options = dict(repeat_action_probability=0.0, noop_max=30, use_fire_reset=True)
-        options = options if self.nature else dict(repeat_action_probability=0.25, noop_max=0, use_fire_reset=False)
-        options |= dict(reward_clipping=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        if args.env_id.startswith("ALE/"):  # ale_py's own, stepped in C++ threads
-            self.time_limit = max_episode_steps or 27_000  # 108 000 frames
-            options |= dict(full_action_space=args.full_action_space, max_num_frames_per_episode=4 * self.time_limit)
-            try:
-                self.envs = gym.make_vec(args.env_id, num_envs, **options)
-            except (gym.error.Error, AssertionError) as error:
-                fail(f"--env-id {args.env_id}: {error}")
+        self.num_envs, self.dtype, self.nature, self.video = num_envs, np.uint8, args.protocol == "nature", {}
+        atari, same_step = args.env_id.startswith("ALE/"), {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+        if atari:  # ale_py's own, stepped in C++ threads, up to 108 000 frames a game
+            options = dict(repeat_action_probability=0.0 if self.nature else 0.25, noop_max=30 if self.nature else 0)
+            options |= dict(use_fire_reset=self.nature, full_action_space=args.full_action_space, reward_clipping=False)
+            options |= same_step | {"max_num_frames_per_episode": 4 * (max_episode_steps or 27_000)}
         else:
-            makers = [lambda: make_env(args, max_episode_steps=max_episode_steps)] * num_envs
-            self.envs = gym.vector.SyncVectorEnv(makers, autoreset_mode=options["autoreset_mode"])
-            self.time_limit = self.envs.envs[0].spec.max_episode_steps
-        self.observation_space, self.action_space = self.envs.single_observation_space, self.envs.single_action_space
-        space, self.folder, self.frames, self.filmed = self.observation_space, None, [], 0
-        if space.dtype != np.uint8 or len(space.shape or ()) != 3 or min(space.shape[1:]) < 36:
-            fail(
-                f"{args.env_id} has the observation space {space}; {ALGO}.py needs uint8 images (C, H, W) of at least"
-                " 36 × 36. Atari's games are called ALE/Breakout-v5 and so on; for vectors use ppo.py or dqn.py"
-            )
-        if not isinstance(self.action_space, Discrete):
-            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs Discrete")
+            options = dict(max_episode_steps=max_episode_steps, vectorization_mode="sync", vector_kwargs=same_step)
+        try:
+            self.envs = gym.make_vec(args.env_id, num_envs, **options)
+        except (gym.error.Error, AssertionError, ImportError, TypeError) as error:  # TypeError: it needs arguments
+            fail(f"--env-id {args.env_id}: {error} (kwargs go into gym.register)")
+        self.close, self.time_limit = self.envs.close, 27_000 if atari else self.envs.spec.max_episode_steps
+        self.observation_space = space = self.envs.single_observation_space
+        self.action_space = self.envs.single_action_space
+        images = space.dtype == np.uint8 and len(space.shape or ()) == 3 and min(space.shape[1:]) >= 36
+        if not (images and isinstance(self.action_space, Discrete)):
+            needs = "uint8 images (C, H, W) of at least 36 × 36 and Discrete actions; ppo.py and dqn.py take vectors"
+            fail(f"{args.env_id} has {space}, {self.action_space}; {ALGO}.py needs {needs}; Atari's are ALE/Pong-v5 …")
 
-    def film(self, args: Args, folder: str, name: str) -> None:
-        """Films games 0, 1, 8, 27, 64 … of the first environment, as the agent sees them."""
-        self.folder, self.name = folder, name
+    def film(self, folder: Path, name: str) -> None:
+        """Films games 0, 1, 8, 27, 64 … of the first environment, as the agent sees them, 1000 images at most."""
+        self.video = dict(frames=[], video_folder=str(folder), name_prefix=name, episode_index=0, fps=15)
 
     def reset(self, seed: int) -> np.ndarray:
         """First observations (N, C, H, W); environment i is seeded with seed + i."""
@@ -161,10 +147,7 @@ class PixelEnvs:
         return obs
 
     def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
-        """(observations to act on, observations reached, rewards, terminated, truncated), each (N, …).
-
-        The two observations differ where a game ended: it reached its final one, and the next one has begun.
-        """
+        """Observations to act on, those reached (others where a game ended), rewards, terminated, truncated: (N, …)."""
         obs, rewards, terminated, truncated, infos = self.envs.step(actions.numpy(force=True))
         self.ended, self.returns, self.lengths = terminated | truncated, self.returns + rewards, self.lengths + 1
         self.episodes = [(i, float(self.returns[i]), int(self.lengths[i])) for i in np.flatnonzero(self.ended)]
@@ -172,20 +155,13 @@ class PixelEnvs:
         for i, *_ in self.episodes:
             reached[i], self.returns[i], self.lengths[i] = infos["final_obs"][i], 0, 0
         lives, self.lives = self.lives, infos.get("lives", self.lives)
-        if self.nature:
-            terminated = terminated | (self.lives < lives)
-        if self.folder and capped_cubic_video_schedule(self.filmed):
-            image = reached[0, -1].copy()
-            self.frames.append(np.broadcast_to(image[..., None], (*image.shape, 3)))
-            if self.ended[0]:
-                save_video(self.frames, self.folder, name_prefix=self.name, fps=15, episode_index=self.filmed)
-        if self.ended[0]:
-            self.frames, self.filmed = [], self.filmed + 1
+        terminated = terminated | (self.nature & (self.lives < lives))
+        if self.video and len(self.video["frames"]) < 1000:
+            self.video["frames"].append(np.repeat(reached[0, -1, :, :, None], 3, axis=-1))
+        if self.video and self.ended[0]:
+            save_video(**self.video)  # of those games alone
+            self.video |= dict(frames=[], episode_index=self.video["episode_index"] + 1)
         return obs, reached, finite("reward", np.asarray(rewards, np.float32)), terminated, truncated
-
-    def close(self) -> None:
-        """Closes them all."""
-        self.envs.close()
 
 
 def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
@@ -196,39 +172,26 @@ def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
 
 
 class PixelActorCritic(nn.Module):
-    """Policy π(a|s) and value V(s) on one convolutional network (Mnih et al. 2015, "Model architecture").
-
-    Observations are images (B, C, H, W) uint8; actions are indices (B,) from 0. `forward` is the deterministic policy,
-    from observations to what the environment takes.
-    """
+    """Policy π(a|s) and value V(s) of byte images (Mnih et al. 2015, "Model architecture"); `forward` acts greedily."""
 
     def __init__(self, observation_space: Box, action_space: Discrete):
         super().__init__()
-        self.action_space, channels = action_space, observation_space.shape[0]
+        self.first_action, channels = int(action_space.start), observation_space.shape[0]
         convolutions = [nn.Conv2d(channels, 32, 8, 4), nn.Conv2d(32, 64, 4, 2), nn.Conv2d(64, 64, 3, 1)]
         layers = [x for layer in convolutions for x in (orthogonal(layer), nn.ReLU(inplace=True))] + [nn.Flatten()]
-        with torch.no_grad():
-            features = nn.Sequential(*layers)(torch.zeros(1, *observation_space.shape)).shape[1]
+        features = nn.Sequential(*layers)(torch.zeros(1, *observation_space.shape)).shape[1]
         self.trunk = nn.Sequential(*layers, orthogonal(nn.Linear(features, 512)), nn.ReLU(inplace=True))
         self.actor = orthogonal(nn.Linear(512, int(action_space.n)), gain=0.01)
         self.critic = orthogonal(nn.Linear(512, 1), gain=1.0)
 
     def logits_and_values(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """The policy's logits (B, A) and V(s), (B,)."""
+        """The policy's logits (B, A) and V(s), (B,), of images (B, C, H, W)."""
         features = self.trunk(obs.to(torch.float32, memory_format=torch.channels_last).div_(255))
         return self.actor(features), self.critic(features).squeeze(-1)
 
-    def sample(self, logits: Tensor) -> Tensor:
-        """Indices (…,) drawn from softmax(logits), by the Gumbel-max trick; logits (…, A)."""
-        return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
-
-    def to_env(self, actions: Tensor) -> Tensor:
-        """Indices moved to the space's start."""
-        return actions + int(self.action_space.start)
-
     def forward(self, obs: Tensor) -> Tensor:
-        """The most likely action."""
-        return self.to_env(self.logits_and_values(obs)[0].argmax(-1))
+        """The most likely actions (B,), as the environment counts them."""
+        return self.first_action + self.logits_and_values(obs)[0].argmax(-1)
 
 
 # The maths --------------------------------------------------------------------------------------------------
@@ -241,24 +204,18 @@ def categorical_log_prob_and_entropy(logits: Tensor, actions: Tensor) -> tuple[T
     return log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropy
 
 
-def linear_recurrence(x: Tensor, decay: Tensor, y: Tensor) -> Tensor:
-    """y_t = x_t + decay_t · y_{t−1} along the first dimension; x and decay (T, N), y_{−1} = y (N,)."""
-    ys = []
-    for x_t, decay_t in zip(x.unbind(), decay.unbind()):
-        y = torch.addcmul(x_t, decay_t, y)
-        ys.append(y)
-    return torch.stack(ys)
-
-
 def gae(rewards, values, next_values, terminated, truncated, gamma: float, gae_lambda: float) -> Tensor:
     """Advantages Â_t = Σ_k (γλ)^k δ_{t+k}, up to the end of the episode or rollout (arXiv 1506.02438, eq. 16).
 
     All inputs (T, N). `next_values` is V of the observation that step t truly led to: it counts at a truncation
     and at the rollout's end, and at a termination it does not. Where an episode ended values[t + 1] is another one's.
     """
-    deltas = rewards + gamma * next_values * ~terminated - values
-    decay = gamma * gae_lambda * (~(terminated | truncated)).to(deltas.dtype)
-    return linear_recurrence(deltas.flip(0), decay.flip(0), torch.zeros_like(deltas[0])).flip(0)
+    deltas = (rewards + gamma * next_values * ~terminated - values).unbind()
+    decay = (gamma * gae_lambda * (~(terminated | truncated)).to(values.dtype)).unbind()
+    advantages = [deltas[-1]]
+    for delta, factor in zip(deltas[-2::-1], decay[-2::-1]):
+        advantages.append(torch.addcmul(delta, factor, advantages[-1]))
+    return torch.stack(advantages[::-1])
 
 
 # A rollout, or a minibatch of it, first dimension B; observations are uint8.
@@ -288,7 +245,9 @@ def pixel_ppo_gradient(agent: nn.Module, batch: PixelBatch, clip: Tensor | float
     """Leaves ∇L(θ), of norm --max-grad-norm at most, in the parameters' .grad; with --compile this is one graph."""
     loss, metrics = pixel_ppo_loss(agent, batch, clip, args)
     loss.backward()
-    average_gradients(agent)
+    if dist.is_initialized():  # by torchrun: take the mean over the processes
+        for gradient in [p.grad for p in agent.parameters() if p.grad is not None]:
+            gradient.copy_(gathered(gradient.unsqueeze(0)).mean(0))
     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     return metrics
 
@@ -313,12 +272,12 @@ def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
     with ParallelRun(args) as run:
         envs = PixelEnvs(args, args.num_envs)
-        batch_size = args.num_envs * args.num_steps
-        if batch_size % args.num_minibatches:
-            fail(f"--num-minibatches {args.num_minibatches} must divide --num-envs × --num-steps = {batch_size}")
+        if (steps := args.num_envs * args.num_steps) % args.num_minibatches:
+            fail(f"--num-minibatches {args.num_minibatches} must divide --num-envs × --num-steps = {steps}")
         agent = PixelActorCritic(envs.observation_space, envs.action_space).to(run.device)
         optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
         gradient_of = compiled(pixel_ppo_gradient, run.device) if args.compile else pixel_ppo_gradient
+        act = torch.no_grad()(agent.logits_and_values)
         clip = torch.tensor(args.clip_coef, device=run.device)  # a number would be a constant of the compiled gradient
         run.start(envs, agent=agent, optimizer=optimizer)  # all that a checkpoint holds
 
@@ -334,40 +293,35 @@ def train(args: Args) -> dict:
             rollout, outcomes = [], []
             for _ in range(args.num_steps):
                 images = torch.as_tensor(obs, device=run.device)
-                with torch.no_grad():
-                    logits, values = agent.logits_and_values(images)
-                actions = agent.sample(logits)
-                obs, next_obs, rewards, terminated, truncated = envs.step(agent.to_env(actions))
-                rewards = np.sign(rewards) if args.clip_rewards else rewards
+                logits, values = act(images)
+                actions = (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)  # Gumbel-max: ~ softmax
+                obs, next_obs, rewards, terminated, truncated = envs.step(agent.first_action + actions)
                 final_values = torch.zeros_like(values)  # of observations that a time limit ended at
                 if truncated.any():
-                    with torch.no_grad():
-                        _, final_values = agent.logits_and_values(torch.as_tensor(next_obs, device=run.device))
+                    _, final_values = act(torch.as_tensor(next_obs, device=run.device))
                 rollout.append((images, actions, logits, values, final_values))
-                outcomes.append((rewards, terminated, truncated))
+                outcomes.append((np.sign(rewards) if args.clip_rewards else rewards, terminated, truncated))
                 run.advance(envs)
             observations, actions, logits, values, final_values = map(torch.stack, zip(*rollout))
-            outcomes = (torch.as_tensor(np.array(x), device=run.device) for x in zip(*outcomes))
-            rewards, terminated, truncated = outcomes
+            rewards, terminated, truncated = (torch.as_tensor(np.array(x), device=run.device) for x in zip(*outcomes))
 
             # Estimate advantages and returns; everything is (T, N).
-            with torch.no_grad():
-                log_probs, _ = categorical_log_prob_and_entropy(logits, actions)
-                _, last_values = agent.logits_and_values(torch.as_tensor(obs, device=run.device))
-            next_values = torch.cat([values[1:], last_values.unsqueeze(0)])
-            next_values = torch.where(truncated, final_values, next_values)
+            log_probs, _ = categorical_log_prob_and_entropy(logits, actions)
+            _, last_values = act(torch.as_tensor(obs, device=run.device))
+            next_values = torch.where(truncated, final_values, torch.cat([values[1:], last_values.unsqueeze(0)]))
             advantages = gae(rewards, values, next_values, terminated, truncated, args.gamma, args.gae_lambda)
             returns = advantages + values
 
             # Update: several epochs of shuffled minibatches; row t·N + n is step t of environment n.
             metrics = []
             observations = observations.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # once for them all
-            batch = (x.flatten(0, 1) for x in (actions, log_probs, values, advantages, returns))
-            batch = PixelBatch(observations, *batch)
+            others = actions, log_probs, values, advantages, returns
+            batch = PixelBatch(observations, *(x.flatten(0, 1) for x in others))
             for minibatch in shuffled_minibatches(batch, args.update_epochs, args.num_minibatches):
                 optimizer.zero_grad()
                 metrics.append(gradient_of(agent, minibatch, clip, args))
-                if args.target_kl is not None and average(metrics[-1]["approx_kl"]) > 1.5 * args.target_kl:
+                approx_kl = metrics[-1]["approx_kl"].unsqueeze(0)
+                if args.target_kl is not None and gathered(approx_kl).mean() > 1.5 * args.target_kl:
                     break
                 optimizer.step()
 
@@ -388,42 +342,31 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def finite(name: str, numbers: np.ndarray) -> np.ndarray:
+    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
+    if not np.isfinite(numbers).all():
+        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
+    return numbers
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Command line → Args. Defaults are the environment's recommended settings or, on --resume, the run's own."""
     for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
         stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--env-id", "--env_id", default=Args.env_id)
-    early.add_argument("--resume")
-    known, _ = early.parse_known_args(argv)
-    defaults = Args(**{"env_id": known.env_id} | RECOMMENDED.get(known.env_id, {}))
-    if known.resume:
-        defaults = load_checkpoint(known.resume)["args"]
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    defaults = replace(Args(), **{"env_id": given.env_id} | RECOMMENDED.get(given.env_id, {}))
+    if given.resume:
+        defaults = load_checkpoint(given.resume)["args"]
     table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
-    description = f"{(__doc__ or ALGO).splitlines()[0]}\n\nRecommended settings, taken with --env-id alone:\n\n{table}"
-    args = tyro.cli(Args, default=defaults, args=argv, description=description)
-    if known.resume and replace(args, resume=None, total_timesteps=defaults.total_timesteps) != defaults:
-        fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
-    return args
-
-
-def check_args(args: Args) -> None:
-    """Refuses a value outside the range that its type in Args names."""
-    for name, hint in get_type_hints(Args, include_extras=True).items():
-        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
-        for low, high, meaning in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
-            if not all(x is None or low <= x <= high for x in values):
-                fail(f"--{name.replace('_', '-')} {value} must be {meaning}")
+    return tyro.cli(Args, default=defaults, args=argv, description=f"Settings taken with --env-id alone:\n\n{table}")
 
 
 def load_checkpoint(folder: str, **modules) -> dict:
     """What a run's checkpoint.pt holds; the states of `modules` in it are loaded into them."""
-    try:
-        mmap = sys.platform != "win32"  # there a file that optimisers still read from could not be replaced
-        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True, mmap=mmap)
-        if state["algo"] != ALGO:
-            raise ValueError(f"it is {state['algo']}.py's")
-        state["args"] = Args(**state["args"])
+    try:  # without mmap on Windows, where a file that optimisers still read from could not be replaced
+        state = torch.load(Path(folder, "checkpoint.pt"), "cpu", weights_only=True, mmap=sys.platform != "win32")
+        state["args"] = {ALGO: Args}[state["algo"]](**state["args"])  # a KeyError names the script that it is of
         for name, module in modules.items():
             module.load_state_dict(state[name])
     except Exception as error:  # whatever is wrong with the file, it is no checkpoint of this script
@@ -434,10 +377,9 @@ def load_checkpoint(folder: str, **modules) -> dict:
 def make_env(args: Args, **kwargs) -> gym.Env:
     """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
     try:
-        env = gym.make(args.env_id, **kwargs)
+        env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {}, **kwargs)
     except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
-        hint = "ppo_atari.py and dqn_atari.py play Atari" if "ALE/" in args.env_id else "kwargs go into gym.register"
-        hint = "--capture-video needs it to render" if "render_mode" in kwargs else hint
+        hint = "kwargs go into gym.register; ppo_atari.py and dqn_atari.py play Atari; --capture-video needs rgb_array"
         fail(f"--env-id {args.env_id}: {error} ({hint})")
     plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
     return env if plain else gym.wrappers.FlattenObservation(env)
@@ -450,27 +392,26 @@ class Envs:
     """
 
     def __init__(self, args: Args, num_envs: int, action_spaces: tuple[type, ...] = (gym.Space,), **kwargs):
-        kwargs |= {"render_mode": "rgb_array"} if args.capture_video else {}
-        self.envs = [make_env(args, **kwargs) for _ in range(num_envs)]
-        self.num_envs, self.time_limit = num_envs, self.envs[0].spec.max_episode_steps
-        self.observation_space, self.action_space = self.envs[0].observation_space, self.envs[0].action_space
+        self.envs, self.num_envs = [make_env(args, **kwargs) for _ in range(num_envs)], num_envs
+        self.observation_space, space = self.envs[0].observation_space, self.envs[0].action_space
+        self.action_space, self.time_limit = space, self.envs[0].spec.max_episode_steps
         index, image = isinstance(self.observation_space, Discrete), self.observation_space.dtype == np.uint8
         self.dtype = np.int64 if index else np.uint8 if image else np.float32
         self.episodes = []  # (environment, return, length) of those that ended in the last step
         if len(self.observation_space.shape) == 3:
             fail(f"{args.env_id} observes images; ppo_atari.py and dqn_atari.py learn from them")
-        if not isinstance(self.action_space, action_spaces) or len(self.action_space.shape or ()) > 1:
-            needed = " or ".join("a vector in a Box" if x is Box else x.__name__ for x in action_spaces)
-            others = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box"
-            fail(f"{args.env_id} has the actions {self.action_space}; {ALGO}.py needs {needed} ({others})")
+        odd = isinstance(space, Box) and space.dtype.kind != "f" or len(space.shape or ()) > 1
+        if odd or not isinstance(space, action_spaces):
+            takes = "ppo.py takes Discrete and Box, dqn.py Discrete, sac.py Box; a Box is to be a vector of floats"
+            fail(f"{args.env_id} has the actions {space}; {ALGO}.py cannot take them ({takes})")
 
-    def film(self, args: Args, folder: str, name: str) -> None:
-        """Records episodes 0, 1, 8, 27, 64 … of the first environment, at most 1000 steps of each."""
-        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], folder, name_prefix=name)
+    def film(self, folder: Path, name: str) -> None:
+        """Records episodes 0, 1, 8, 27, 64 … of the first environment, and on from there to 1000 images at most."""
+        self.envs[0] = gym.wrappers.RecordVideo(self.envs[0], str(folder), name_prefix=name, video_length=1000)
 
     def reset(self, seed: int) -> np.ndarray:
         """First observations (N, …); environment i is seeded with seed + i."""
-        self.returns, self.lengths = [0.0] * len(self.envs), [0] * len(self.envs)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
         return finite("observation", np.array([x.reset(seed=seed + i)[0] for i, x in enumerate(self.envs)], self.dtype))
 
     def step(self, actions: Tensor) -> tuple[np.ndarray, ...]:
@@ -478,21 +419,17 @@ class Envs:
 
         The two observations differ where an episode ended: it reached its final one, and the next one has begun.
         """
-        obs = reached = np.empty((len(self.envs), *self.observation_space.shape), self.dtype)
-        rewards, (terminated, truncated) = np.empty(len(self.envs), np.float32), np.empty((2, len(self.envs)), bool)
+        reached = np.empty((self.num_envs, *self.observation_space.shape), self.dtype)
+        rewards, (terminated, truncated) = np.empty(self.num_envs), np.empty((2, self.num_envs), bool)
         for i, (env, action) in enumerate(zip(self.envs, finite("action", actions.numpy(force=True)))):
-            reached[i], reward, terminated[i], truncated[i], _ = env.step(action)
-            rewards[i] = reward = float(reward)
-            self.returns[i], self.lengths[i] = self.returns[i] + reward, self.lengths[i] + 1
-            if self.lengths[i] == 1000 and getattr(env, "recording", False):
-                env.stop_recording()  # its frames are kept in memory
-        finite("reward", rewards)
-        finite("observation", reached)
-        self.episodes = [(i, self.returns[i], self.lengths[i]) for i in np.flatnonzero(terminated | truncated)]
-        for i, *_ in self.episodes:
-            obs = reached.copy() if obs is reached else obs
-            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0.0, 0
-        return obs, reached, rewards, terminated, truncated
+            reached[i], rewards[i], terminated[i], truncated[i], _ = env.step(action)
+        self.returns, self.lengths = self.returns + finite("reward", rewards), self.lengths + 1
+        ended = np.flatnonzero(terminated | truncated)
+        self.episodes = [(i, float(self.returns[i]), int(self.lengths[i])) for i in ended]
+        obs = reached.copy() if len(ended) else reached
+        for i in ended:
+            obs[i], self.returns[i], self.lengths[i] = finite("observation", self.envs[i].reset()[0]), 0, 0
+        return obs, finite("observation", reached), rewards.astype(np.float32), terminated, truncated
 
     def close(self) -> None:
         """Closes them all."""
@@ -500,31 +437,31 @@ class Envs:
             env.close()
 
 
-def finite(name: str, numbers: np.ndarray) -> np.ndarray:
-    """The same numbers; stops the run where one is not finite, before it enters a buffer."""
-    if not np.isfinite(numbers).all():
-        fail(f"a number of the {name} is not finite; the last checkpoint stays", code=1)
-    return numbers
-
-
 class Run(ExitStack):
     """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
 
     def __init__(self, args: Args):
         super().__init__()
-        check_args(args)
-        self.args, self.step, self.saved_step, self.longest_episode = args, 0, 0, 0
-        self.updates = 0  # gradient steps, in files whose schedules count them
-        kind = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        if kind != "cpu" and not getattr(torch, kind).is_available():
-            fail(f"--device {kind}: PyTorch {torch.__version__} finds no such device here; use --device auto")
+        for name, hint in get_type_hints(Args, include_extras=True).items():
+            values = value if isinstance(value := getattr(args, name), tuple) else (value,)
+            for low, high, text in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
+                if not all(x is None or low <= x <= high for x in values):
+                    fail(f"--{name.replace('_', '-')} {value} must be {text}")
         if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
-        self.device, self.recent_returns, self.stopped = torch.device(kind), deque(maxlen=100), False
+        self.args, self.dir, self.recent_returns, self.stopped = args, Path(os.devnull), deque(maxlen=100), False
+        self.step = self.updates = self.longest_episode = self.saved_step = 0  # updates: gradient steps
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(best if args.device == "auto" else args.device)
+        if self.device.type != "cpu" and not getattr(torch, self.device.type).is_available():
+            fail(f"--device {args.device}: PyTorch {torch.__version__} finds no such device here; use --device auto")
         self.callback(torch.set_num_threads, torch.get_num_threads())
         self.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
         if args.compile:
-            self.compile_backward()
+            if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
+                fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
+            if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # takes loss.backward() into the graph
+                self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
 
         def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
             self.stopped = True
@@ -534,21 +471,16 @@ class Run(ExitStack):
             for number in {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}:
                 self.callback(signal.signal, number, signal.signal(number, stop))
         torch.set_num_threads(args.torch_threads)
-        random.seed(args.seed)
-        np.random.seed(args.seed)  # for environments that draw from these two; a checkpoint has PyTorch's state alone
-        torch.manual_seed(args.seed)
-
-    def compile_backward(self) -> None:
-        """Has torch.compile take loss.backward() into its graph, where PyTorch can; refuses without a C++ compiler."""
-        if not shutil.which(os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))):
-            fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
-        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
-            self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # the first two for environments that use them
+            seed(args.seed)
 
     def __exit__(self, kind, error, trace) -> bool:
         super().__exit__(kind, error, trace)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            fail(f"the disk is full; the checkpoint of step {self.saved_step} stays", code=1)
+        unfinished = self.dir / "checkpoint.tmp"
+        full = unfinished.exists() or getattr(error, "errno", None) == errno.ENOSPC
+        if full and isinstance(error, OSError | RuntimeError):
+            unfinished.unlink(missing_ok=True)
+            fail(f"{error}; is the disk full? The checkpoint of step {self.saved_step} stays", code=1)
         if isinstance(error, BrokenPipeError):  # nobody reads what is printed: no traceback, here or at Python's end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return isinstance(error, BrokenPipeError)
@@ -566,40 +498,40 @@ class Run(ExitStack):
             fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
             state = load_checkpoint(args.resume, **modules)
+            if replace(state["args"], resume=args.resume, total_timesteps=args.total_timesteps) != args:
+                fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
             self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
             self.saved_step = self.step
             torch.set_rng_state(state["rng"])
             torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         self.start_time = time.time() - state["seconds"]
         self.monitor.truncate(state["monitor_size"])  # episodes after the checkpoint will be lived through again
-        about = {"algo": ALGO, "args": asdict(replace(args, resume=None))}
-        about["versions"] = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, gym, np)}
+        versions = {"python": sys.version.split()[0]} | {x.__name__: x.__version__ for x in (torch, gym, np)}
+        about = {"algo": ALGO, "args": asdict(replace(args, resume=None)), "versions": versions}
         about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         (self.dir / "args.json").write_text(json.dumps(about, indent=2) + "\n")
         if args.capture_video:
-            envs.film(args, str(self.dir / "videos"), f"from-step-{self.step}")
+            envs.film(self.dir / "videos", f"from-step-{self.step}")
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if args.resume else None)
         self.callback(self.writer.close)
         if not args.resume:
             self.monitor.write(f"#{json.dumps({'t_start': self.start_time, 'env_id': args.env_id})}\nr,l,t\n")
             self.checkpoint()
         recommended, given = RECOMMENDED.get(args.env_id, {}), asdict(args)
-        taken = " ".join(f"{name}={given[name]}" for name in recommended if given[name] == recommended[name])
-        other = " ".join(f"{name}={given[name]}" for name in recommended if given[name] != recommended[name])
-        print(f"recommended settings taken: {taken or 'none'}; overridden: {other or 'none'}", flush=True)
+        words = (f"{x}={given[x]}" + f" (not {value})" * (given[x] != value) for x, value in recommended.items())
+        print(f"recommended settings: {' '.join(words) or 'none'}", flush=True)
         self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", desc=args.env_id, mininterval=0.5)
         self.callback(self.bar.close)
 
     def new_dir(self) -> Path:
         """Makes {output_dir}/{env_id}__{algo}__{seed}__{time}, or the first of …_1, …_2 that does not exist yet."""
-        folder, env_id = Path(self.args.output_dir).expanduser(), re.sub(r"[^\w.=-]+", "-", self.args.env_id)
-        name = f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
+        env_id = re.sub(r"[^\w.=-]+", "-", self.args.env_id)  # Windows refuses colons, for instance
+        path = Path(self.args.output_dir).expanduser() / f"{env_id}__{ALGO}__{self.args.seed}__{int(time.time())}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path in (folder / (f"{name}_{n}" if n else name) for n in itertools.count()):
+            for name in itertools.chain([path], (f"{path}_{n}" for n in itertools.count(1))):
                 with suppress(FileExistsError):
-                    path.mkdir()
-                    return path
+                    os.makedirs(name)
+                    return Path(name)
         except OSError as error:
             fail(f"--output-dir {self.args.output_dir}: {error}")
 
@@ -615,16 +547,12 @@ class Run(ExitStack):
         if not all(x.isfinite().all() for network in networks for x in network.parameters()):
             fail(f"a weight is not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
         state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None))}
         state |= {name: getattr(self, name) for name in ("step", "updates", "longest_episode")}
-        state |= {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-        state |= {"seconds": time.time() - self.start_time, "monitor_size": (self.dir / "monitor.csv").stat().st_size}
-        try:
-            torch.save(state, self.dir / "checkpoint.tmp")
-            os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
-        except (OSError, RuntimeError) as error:
-            (self.dir / "checkpoint.tmp").unlink(missing_ok=True)
-            fail(f"no checkpoint could be written, is the disk full? That of step {self.saved_step} stays ({error})", 1)
+        state |= {"algo": ALGO, "args": asdict(replace(self.args, resume=None)), "rng": torch.get_rng_state()}
+        state |= {"seconds": time.time() - self.start_time, "cuda_rng": torch.cuda.get_rng_state_all()}
+        state["monitor_size"] = (self.dir / "monitor.csv").stat().st_size
+        torch.save(state, self.dir / "checkpoint.tmp")
+        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
         self.saved_step = self.step
 
     def advance(self, envs) -> None:
@@ -639,14 +567,14 @@ class Run(ExitStack):
 
     def log(self, metrics: list[dict[str, Tensor]], **charts: float) -> None:
         """Writes losses/*, the means of `metrics`, and charts/*; stops where a loss is not finite."""
-        names = dict.fromkeys(itertools.chain(*metrics))
-        losses = {name: torch.stack([x[name] for x in metrics if name in x]).mean().item() for name in names}
-        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
-            fail(f"{', '.join(bad)} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", 1)
         charts["SPS"] = self.step / (time.time() - self.start_time)
-        for group, values in (("losses", losses), ("charts", charts)):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{group}/{name}", value, self.step)
+        scalars = {f"charts/{name}": value for name, value in charts.items()}
+        for name in dict.fromkeys(itertools.chain(*metrics)):
+            scalars[f"losses/{name}"] = value = torch.stack([x[name] for x in metrics if name in x]).mean().item()
+            if not math.isfinite(value):
+                fail(f"{name} not finite at step {self.step}; the checkpoint of step {self.saved_step} stays", code=1)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, self.step)
         self.bar.set_postfix({"return": f"{np.mean(self.recent_returns or [np.nan]):.1f}"}, refresh=False)
         self.bar.update(self.step - self.bar.n)
 
@@ -700,8 +628,8 @@ class ParallelRun(Run):
     """A Run of which torchrun may start several: each has its own environments and noise; only the first writes."""
 
     def __init__(self, args: Args):
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         super().__init__(args)
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.world_size > 1:
             dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
             self.callback(dist.destroy_process_group)
@@ -715,11 +643,11 @@ class ParallelRun(Run):
         if self.args.resume:
             self.step = load_checkpoint(self.args.resume, **modules)["step"]
         torch.manual_seed(self.args.seed + self.step + self.rank)
-        self.log = self.checkpoint = lambda *_, **__: None
+        self.log = self.checkpoint = self.finish = lambda *_, **__: {}
 
     def goes_on(self) -> bool:
         """As in one process; a signal to one of them stops all."""
-        self.stopped = average(torch.tensor(float(self.stopped))).item() > 0
+        self.stopped = bool(gathered(torch.tensor([self.stopped], device=self.device)).any())
         return super().goes_on()
 
     def advance(self, envs) -> None:
@@ -727,29 +655,9 @@ class ParallelRun(Run):
         self.step += (self.world_size - (self.rank == 0)) * self.args.num_envs
         return super().advance(envs) if self.rank == 0 else None
 
-    def finish(self, policy: nn.Module) -> dict:
-        """Done by the first process."""
-        return super().finish(policy) if self.rank == 0 else {}
-
-
-def average(x: Tensor) -> Tensor:
-    """Mean over the processes of torchrun; x itself where there is only one."""
-    if not dist.is_initialized():
-        return x
-    total = x.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
-
-
-def average_gradients(module: nn.Module) -> None:
-    """Each parameter's .grad becomes its mean over the processes."""
-    if dist.is_initialized():
-        for gradient in [p.grad for p in module.parameters() if p.grad is not None]:  # a frozen one has none
-            gradient.copy_(average(gradient))
-
 
 def gathered(batch: Tensor) -> Tensor:
-    """The batches (B, …) of all processes as one, B the same in each."""
+    """The batches (B, …) of all processes of torchrun as one, B the same in each; the batch itself in one process."""
     if not dist.is_initialized():
         return batch
     parts = [torch.empty_like(batch) for _ in range(dist.get_world_size())]

@@ -249,23 +249,19 @@ def episode_gradients(policy: nn.Module, states, actions, returns, running) -> t
     return torch.stack(g), torch.stack(h)
 
 
-EPISODE_LIMIT = 100_000
-"""Steps after which an episode is taken for one that never ends."""
+EPISODE_LIMIT = 100_000  # steps after which an episode is taken for one that never ends
 
 # One whole episode per environment, (T, N, …) with T the longest; `running` is false after an episode's end.
 Episodes = namedtuple("Episodes", "observations actions rewards running final_observations truncated")
 
 
 def play_episodes(policy: Policy, envs, seeds: list[int]) -> Episodes:
-    """Plays one episode in every environment, each reset with its seed; their ends are then in envs.episodes.
-
-    An environment that is done steps on idly until the longest episode ends; none of those steps is kept.
-    """
+    """Plays one episode in every environment, each reset with its seed; their ends are then in envs.episodes."""
     device, num_envs = next(policy.parameters()).device, envs.num_envs
     obs = finite("observation", np.array([env.reset(seed=x)[0] for env, x in zip(envs.envs, seeds)], envs.dtype))
     envs.returns, envs.lengths, running = np.zeros(num_envs), np.zeros(num_envs, int), np.ones(num_envs, bool)
     final_obs, truncated, steps, ends = obs.copy(), ~running, [], []
-    while running.any():
+    while running.any():  # those that are done step on idly; none of these steps counts
         if len(steps) == EPISODE_LIMIT:
             fail(f"no end of an episode after {EPISODE_LIMIT} steps: register a time limit, or use ppo.py")
         actions = policy.act(torch.as_tensor(obs, device=device), policy.draw_noise(num_envs))
@@ -331,14 +327,13 @@ def train(args: Args) -> dict:
                 rewards[running.sum(0) - 1, range(args.num_envs)] += args.gamma * final_values  # each one's last step
             to_go = returns_to_go(rewards, args.gamma)
             returns = to_go if args.reward_to_go else to_go[:1].expand_as(to_go)
-            if args.baseline == "none":
-                advantages = returns
-            elif args.baseline == "mean":
+            advantages = returns
+            if args.baseline == "mean":
                 advantages = returns - leave_one_out_mean(returns)
             elif args.baseline == "optimal":
                 shifted = returns - returns[0, 0]  # R − b stays as it is, and is exactly 0 where all R are equal
                 advantages = shifted - optimal_baseline(*episode_gradients(policy, states, actions, shifted, running))
-            else:
+            elif args.baseline == "value":
                 advantages = returns - (values if args.reward_to_go else values[:1])
             if args.normalize_returns:  # not by the deviation, which is 0 where all of them are equal
                 advantages = advantages / (advantages[running].square().mean().sqrt() + 1e-8)
@@ -353,9 +348,8 @@ def train(args: Args) -> dict:
                     value_optimizer.zero_grad()
                     value_metrics = value_gradient_of(critic, states, to_go, running)
                     value_optimizer.step()
-                metrics |= value_metrics | {"values": values[running].mean()}
-                errors = to_go[running] - values[running]
-                metrics["explained_variance"] = 1 - errors.var(correction=0) / (to_go[running].var(correction=0) + 1e-8)
+                unexplained = (to_go - values)[running].var(correction=0) / (to_go[running].var(correction=0) + 1e-8)
+                metrics |= value_metrics | {"values": values[running].mean(), "explained_variance": 1 - unexplained}
             if policy.observation_statistics is not None:
                 policy.observation_statistics.update(observations[running])
             run.log([metrics], learning_rate=optimizer.param_groups[0]["lr"])

@@ -42,7 +42,7 @@ import sys
 import threading
 import time
 from collections import deque, namedtuple
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -185,9 +185,8 @@ Transitions = namedtuple("Transitions", "observations actions rewards next_obser
 class ReplayBuffer:
     """The newest transitions of N environments, in tensors that are allocated once.
 
-    A step of all N environments takes N rows, and row i + N, modulo the capacity, is the step after row i's in the same
-    environment; but the newest N rows, those before `position`, are followed by the oldest or by rows never written,
-    which no flag marks. The capacity is the largest multiple of N up to what was asked for, or N.
+    A step takes N rows, of capacity // N · N: row i + N, modulo that, is the step after row i's in its environment, but
+    the newest N rows, before `position`, are followed by the oldest or by rows never written, which no flag marks.
     """
 
     def __init__(self, capacity: int, num_envs: int, observation_space, action_space, device: torch.device):
@@ -255,14 +254,6 @@ def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Ten
     return u.tanh(), (log_gaussian - log_slope).sum(-1)
 
 
-def soft_q_target(rewards, terminated, next_q: Tensor, next_log_probs, alpha: Tensor, gamma: float) -> Tensor:
-    """y = r + γ (min_i Q_i(s', a') − α log π(a'|s')), and r where s' is terminal; (B,), next_q (M, B).
-
-    arXiv 1812.05905, equations 2, 3 and 5, with the minimum over two critics of the paper's practical algorithm.
-    """
-    return rewards + gamma * (next_q.min(0).values - alpha * next_log_probs) * ~terminated
-
-
 def sac_critic_gradient(agent, target, batch: tuple, noise: Tensor, members: Tensor | None, args: Args) -> dict:
     """Leaves ∇L(θ) of a minibatch in the critics' .grad, and returns what to log; noise (B, A) is that of a'.
 
@@ -274,7 +265,8 @@ def sac_critic_gradient(agent, target, batch: tuple, noise: Tensor, members: Ten
         next_q = target(next_states, next_actions)
         next_q = next_q if members is None else next_q[members]
         alpha = agent.log_alpha.exp()
-        targets = soft_q_target(batch.rewards, batch.terminated, next_q, next_log_probs, alpha, args.gamma)
+        soft_values = next_q.min(0).values - alpha * next_log_probs  # (B,); arXiv 1812.05905, eq. 3
+        targets = batch.rewards + args.gamma * soft_values * ~batch.terminated
     q_values = agent.critics(agent.encode(batch.observations), batch.actions)
     loss = 0.5 * (q_values - targets).square().mean(1).sum()
     loss.backward()
@@ -307,48 +299,9 @@ def polyak_update(target: nn.Module, online: nn.Module, tau: float) -> None:
         old.copy_(new)
 
 
-class FlatAdam(torch.optim.Adam):
-    """torch.optim.Adam on all parameters as one vector, of which they become views: the same numbers, a tenth faster.
-
-    Gradients stay ordinary tensors, which `step` gathers. What it cannot do right it refuses.
-    """
-
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, **settings):
-        self.parameters = list(params)
-        plain = all(isinstance(p, Tensor) and p.dtype == torch.float32 for p in self.parameters)
-        if not plain or settings.keys() - {"eps", "betas", "weight_decay"}:
-            raise TypeError("FlatAdam: one list of float32, eps, betas, weight_decay, or take torch.optim.Adam instead")
-        vector = nn.utils.parameters_to_vector(self.parameters).detach()
-        nn.utils.vector_to_parameters(vector, self.parameters)  # makes them views of it
-        self.pointers = [p.data_ptr() for p in self.parameters]
-        super().__init__([vector], lr, fused=True, **settings)
-        zeros = {name: torch.zeros_like(vector) for name in ("exp_avg", "exp_avg_sq")}
-        self.state[vector] = {"step": torch.zeros((), device=vector.device)} | zeros
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the parameters' gradients."""
-        for p in self.parameters:
-            p.grad = None
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One step down the parameters' .grad, by the kernel of torch.optim.Adam."""
-        whole = all(p.grad is not None and p.data_ptr() == x for p, x in zip(self.parameters, self.pointers))
-        if closure or not whole or len(self.param_groups) > 1:
-            what = "a parameter has no gradient or new memory, or there is a closure or an added group"
-            raise RuntimeError(f"FlatAdam: {what}: take torch.optim.Adam instead")
-        (group,), ((vector, state),) = self.param_groups, self.state.items()
-        gradient, (beta1, beta2) = torch.cat([p.grad.flatten() for p in self.parameters]), group["betas"]
-        state["step"] += 1
-        tensors = [vector], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]
-        settings = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
-        torch._fused_adam_(*tensors, beta1=beta1, beta2=beta2, **settings)
-
-
 # Training ---------------------------------------------------------------------------------------------------
 
-LOG_EVERY = 1_000
-"""Environment steps between two points of losses/*, which are means over the updates since the last one."""
+LOG_EVERY = 1_000  # environment steps between two points of losses/*, which are means over the updates since the last
 
 
 def train(args: Args) -> dict:
@@ -360,21 +313,17 @@ def train(args: Args) -> dict:
             fail(f"--learning-starts {args.learning_starts} must be below --total-timesteps {args.total_timesteps}")
         if not (envs.action_space.high / 2 - envs.action_space.low / 2 < np.finfo(np.float32).max / 2).all():
             fail(f"{args.env_id} has the actions {envs.action_space}, too wide to be scaled to; ppo.py takes them")
-        if args.critic_subset > args.num_critics:
-            fail(f"--critic-subset {args.critic_subset} must be at most --num-critics {args.num_critics}")
         spaces = envs.observation_space, envs.action_space
         agent = SoftActorCritics(*spaces, args.hidden_sizes, args.num_critics, args.alpha).to(run.device)
         target = copy.deepcopy(agent.critics).requires_grad_(False).eval()
-        critic_optimizer = FlatAdam(agent.critics.parameters(), args.learning_rate)
-        actor_optimizer = FlatAdam(agent.actor.parameters(), args.learning_rate)
-        alpha_optimizer = FlatAdam([agent.log_alpha], args.learning_rate)
+        critic_optimizer = torch.optim.Adam(agent.critics.parameters(), args.learning_rate, fused=True)
+        actor_optimizer = torch.optim.Adam(agent.actor.parameters(), args.learning_rate, fused=True)
+        alpha_optimizer = torch.optim.Adam([agent.log_alpha], args.learning_rate, fused=True)
         critic_gradient = torch.compile(sac_critic_gradient) if args.compile else sac_critic_gradient
         actor_gradient = torch.compile(sac_actor_gradient) if args.compile else sac_actor_gradient
         buffer = ReplayBuffer(args.buffer_size, args.num_envs, *spaces, run.device)
-        optimizers = dict(
-            critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer, alpha_optimizer=alpha_optimizer
-        )
-        run.start(envs, agent=agent, target=target, buffer=buffer, **optimizers)  # all that a checkpoint holds
+        optimizers = dict(critic_optimizer=critic_optimizer, actor_optimizer=actor_optimizer)
+        run.start(envs, agent=agent, target=target, buffer=buffer, alpha_optimizer=alpha_optimizer, **optimizers)
 
         @torch.no_grad()
         def act(obs: Tensor) -> Tensor:
@@ -398,9 +347,9 @@ def train(args: Args) -> dict:
                 alpha_optimizer.step()
             return metrics
 
-        act, update_critics, update_actor = (
-            cuda_graph(f, args, run.device) for f in (act, update_critics, update_actor)
-        )
+        act = cuda_graph(act, args, run.device)
+        update_critics = cuda_graph(update_critics, args, run.device, critic_optimizer)
+        update_actor = cuda_graph(update_actor, args, run.device, actor_optimizer, alpha_optimizer)
         obs, metrics, logged_step = envs.reset(args.seed + run.step), [], run.step
         while run.goes_on():
             # Collect a few steps from every environment.
@@ -733,8 +682,8 @@ class CudaGraph:
     Inputs have the same shapes in every call. Random draws go on as without a graph. Results are copies.
     """
 
-    def __init__(self, function: Callable):
-        self.function, self.calls, self.graph = function, 0, torch.cuda.CUDAGraph()
+    def __init__(self, function: Callable, optimizers: tuple):
+        self.function, self.optimizers, self.calls, self.graph = function, optimizers, 0, torch.cuda.CUDAGraph()
 
     def __call__(self, *inputs):
         """The function's results; inputs are tensors, tuples of them, or None."""
@@ -747,6 +696,8 @@ class CudaGraph:
             torch.cuda.current_stream().wait_stream(stream)
             return outputs
         if self.calls == 4:
+            for group in [group for optimizer in self.optimizers for group in optimizer.param_groups]:
+                group["capturable"] = True
             self.inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)
             with torch.cuda.graph(self.graph):
                 self.outputs = self.function(*self.inputs)
@@ -757,9 +708,9 @@ class CudaGraph:
         return pytree.tree_map_only(Tensor, torch.clone, self.outputs)
 
 
-def cuda_graph(function: Callable, args: Args, device: torch.device) -> Callable:
-    """With --compile on a GPU the function as a CudaGraph, else the function itself."""
-    return CudaGraph(function) if args.compile and device.type == "cuda" else function
+def cuda_graph(function: Callable, args: Args, device: torch.device, *optimizers) -> Callable:
+    """With --compile on a GPU the function, in which `optimizers` step, as a CudaGraph, else the function itself."""
+    return CudaGraph(function, optimizers) if args.compile and device.type == "cuda" else function
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ PARTS = {
         *(f"{algo}_{part}_gradient" for algo in ("ddpg", "td3", "sac") for part in ("critic", "actor")),
         *("critic_gradient", "trust_region_step", "line_search"),
     ),
-    "optimiser": ("FlatAdam.step", "FlatAdam.zero_grad"),
+    "optimiser": ("torch.optim.Adam.step", "torch.optim.RMSprop.step", "torch.optim.Optimizer.zero_grad"),
     "target networks": ("polyak_update",),
 }
 """Functions of the scripts, none of which may call another of them. TRPO's gradient includes the step along it that is
@@ -74,7 +74,7 @@ def clocks(script) -> Iterator[Callable[[], np.ndarray]]:
         for part, names in PARTS.items():
             for name in names:
                 *owner, name = name.split(".")
-                owner = getattr(script, owner[0], None) if owner else script
+                owner = functools.reduce(lambda x, y: getattr(x, y, None), owner, script)
                 if hasattr(owner, name):
                     stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), part)))
         stack.enter_context(patch.object(torch, "compile", timed_compile))

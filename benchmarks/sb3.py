@@ -255,15 +255,14 @@ def dqn_atari_model(args, env: VecEnv) -> DQN:
     Its replay buffer stores each image eight times: 56 GB for a million transitions.
     """
     refuse_unless(args, loss="huber")
-    rollout = args.train_frequency * args.num_envs / args.total_timesteps
     return DQN(
         "CnnPolicy",
         env,
-        learning_rate=lambda remaining: args.learning_rate * (remaining + rollout if args.anneal_lr else 1.0),
+        learning_rate=args.learning_rate,
         buffer_size=args.buffer_size,
         learning_starts=args.learning_starts,
         batch_size=args.batch_size,
-        tau=args.tau,
+        tau=1.0,
         gamma=args.gamma,
         train_freq=args.train_frequency,
         gradient_steps=args.gradient_steps,

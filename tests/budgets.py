@@ -29,21 +29,21 @@ SECTION = re.compile(r"# (\w[^\n]*?) -{3,}$")
 DOCSTRING, PLUMBING, REST = 30, 230, 360
 REST_OF = {"ppo": 380, "ppo_atari": 380, "trpo": 450, "kfac": 450, "bc": 450, "mbpo": 700}
 KNOWN = {
-    "a2c": (318, 417),
-    "bc": (318, 624),
-    "dagger": (318, 437),
-    "ddpg": (316, 401),
-    "dqn": (318, 420),
-    "dqn_atari": (318, 458),
-    "grpo": (318, 440),
-    "kfac": (318, 463),
-    "mbpo": (318, 803),
-    "ppo": (316, 515),
-    "ppo_atari": (316, 445),
-    "reinforce": (318, 431),
-    "sac": (316, 457),
-    "td3": (316, 422),
-    "trpo": (318, 451),
+    "a2c": (292, 357),
+    "bc": (292, 450),
+    "dagger": (292, 316),
+    "ddpg": (290, 338),
+    "dqn": (292, 360),
+    "dqn_atari": (292, 357),
+    "grpo": (292, 359),
+    "kfac": (292, 443),
+    "mbpo": (292, 650),
+    "ppo": (290, 439),
+    "ppo_atari": (290, 379),
+    "reinforce": (292, 358),
+    "sac": (290, 382),
+    "td3": (290, 358),
+    "trpo": (292, 432),
 }
 """Files that are longer, by name: lines of plumbing and of the rest that tests/test_conventions.py lets them have."""
 FUNCTIONS, LINES, DEPTH = 10, 170, 3

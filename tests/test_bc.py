@@ -39,7 +39,7 @@ def fitted(policy: bc.ClonedPolicy, obs, actions, **settings) -> bc.ClonedPolicy
 
 def losses_of_fit(policy: bc.ClonedPolicy, obs, actions, **settings) -> dict[str, float]:
     args, run = bc.Args(**settings), SimpleNamespace(stopped=False)
-    optimizer = bc.FlatAdam(policy.parameters(), args.learning_rate)
+    optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
     metrics = bc.fit(policy, optimizer, (obs, actions), args, run, bc.bc_gradient)
     return {name: np.mean([x[name] for x in metrics if name in x]) for name in metrics[0] | metrics[-1]}
 
@@ -75,7 +75,7 @@ def test_a_gaussians_log_probability_is_scipys_also_for_a_space_of_other_bounds(
     policy.head.log_std.data = torch.tensor([-1.0, 0.5])
     obs, scaled = torch.randn(50, 2), 2 * torch.rand(50, 2) - 1
     actions = torch.stack([-1 + 2 * (scaled[:, 0] + 1), 3 + scaled[:, 1]], 1)
-    expected = norm.logpdf(scaled, policy.head.mean(policy.encode(obs)).detach(), np.exp([-1.0, 0.5])).sum(-1)
+    expected = norm.logpdf(scaled, policy.head.mode(policy.encode(obs)).detach(), np.exp([-1.0, 0.5])).sum(-1)
     np.testing.assert_allclose(policy.log_prob(obs, actions).detach(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -162,7 +162,7 @@ def test_standardises_by_the_moments_of_the_data():
     mean, std = actions[:, 1].mean().item(), actions[:, 1].std(correction=0).item()
     torch.testing.assert_close(policy.low, torch.tensor([-1, mean - 3 * std]))
     torch.testing.assert_close(policy.high, torch.tensor([4, mean + 3 * std]))
-    policy.head.mode = lambda x: torch.tensor([[2.0, 2.0]])
+    policy.head.mode.forward = lambda x: torch.tensor([[2.0, 2.0]])
     assert policy(obs[:1])[0].tolist() == pytest.approx([4, mean + 6 * std])
     policy.standardise(torch.full((9, 2), 0.3), actions)
     assert policy.std.tolist() == [1, 1], "what never varied must not be blown up when it does"
@@ -245,10 +245,10 @@ def test_the_held_out_part_trains_nothing():
 def test_noise_disturbs_actions_within_the_space(noise):
     torch.manual_seed(0)
     space = Discrete(4, start=2)
-    done_instead = bc.disturbed(np.full(4000, 3), space, noise).numpy()
+    done_instead = bc.disturbed(torch.full((4000,), 3), space, noise).numpy()
     assert (done_instead != 3).mean() == pytest.approx(noise * 3 / 4, abs=0.03) and set(done_instead) <= {2, 3, 4, 5}
     space = Box(np.float32([-1, 0]), np.float32([1, 10]))
-    done_instead = bc.disturbed(np.tile(np.float32([0, 5]), (4000, 1)), space, noise).numpy()
+    done_instead = bc.disturbed(torch.tensor([0.0, 5.0]).repeat(4000, 1), space, noise).numpy()
     assert all(space.contains(x) for x in done_instead[:50])
     spread = norm.ppf(0.75) * noise * np.array([1, 5])  # the median of |noise|, which clipping leaves as it is
     np.testing.assert_allclose(np.quantile(np.abs(done_instead - [0, 5]), 0.5, axis=0), spread, rtol=0.1, atol=1e-6)
@@ -295,7 +295,7 @@ def test_a_run_stopped_before_the_first_epoch_goes_on_to_the_same_bits(monkeypat
 
 def test_needs_a_demonstration_to_learn_from_and_one_to_hold_out(capsys):
     for flags in ("--total-timesteps 1", "--holdout 0", "--holdout 1"):
-        assert "--total-timesteps" in output_of(flags, capsys, code=2)
+        assert flags in output_of(flags, capsys, code=2)
     assert not Path("runs").exists(), "before an expert is trained"
 
 
@@ -321,7 +321,6 @@ SPACES = {
     "none": Box(-np.inf, np.inf, (1,)),
     "huge": Box(-3e38, 3e38, (1,), np.float32),
     "double": Box(-1, 1, (1,), np.float64),
-    "bytes": Box(-100, 100, (1,), np.int8),
 }
 for name, space in SPACES.items():
     gym.register(f"Box-{name}-v0", Box1, max_episode_steps=10, kwargs={"space": space})
@@ -337,7 +336,7 @@ def test_actions_are_within_any_box_and_of_its_type(name, monkeypatch, capsys):
     policy = policy_for(space, hidden_sizes=(8,))
     obs, actions = torch.randn(200, 2), torch.rand(200, 1)
     policy.standardise(obs, actions)
-    policy.head.mode = lambda x: torch.linspace(-3, 3, 200).unsqueeze(1)
+    policy.head.mode.forward = lambda x: torch.linspace(-3, 3, 200).unsqueeze(1)
     assert all(map(space.contains, policy(obs).numpy())) and policy(obs).isfinite().all()
 
 
@@ -467,7 +466,7 @@ def test_an_expert_stopped_in_training_is_not_kept():
     assert exit_.value.code == 130 and not Path("runs").exists()
 
 
-@pytest.mark.parametrize("name", ["half", "none", "huge", "bytes"])
+@pytest.mark.parametrize("name", ["half", "none"])
 def test_says_where_no_expert_can_be_trained(name, capsys):
     assert "--expert" in output_of(f"--env-id Box-{name}-v0", capsys, code=2)
 
@@ -530,90 +529,6 @@ def pickled(x) -> bytes:
     return buffer.getvalue()
 
 
-def in_json(path, change):
-    def changed(name, data):
-        if name != f"policy/{path}":
-            return data
-        content = json.loads(data)
-        change(content)
-        return json.dumps(content).encode()
-
-    return changed
-
-
-def replace_first(key, value):
-    """Sets the first `key` anywhere below."""
-
-    def change(content):
-        below = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
-        if isinstance(content, dict) and key in content:
-            content[key] = value
-            return True
-        return any(change(x) for x in below)
-
-    return change
-
-
-CODE = "__import__('os').mkdir('harm')"
-WEIGHTS = "data/weights/model_weights_config.json"
-CONSTANTS = "data/constants/model_constants_config.json"
-ATTACKS = {
-    "sample inputs": lambda name, data: pickled((Malicious(),)) if name.endswith("sample_inputs/model.pt") else data,
-    "weights": lambda name, data: (
-        in_json(WEIGHTS, lambda x: next(iter(x["config"].values())).update(use_pickle=True))(name, data)
-        if name.endswith(".json")
-        else pickled(Malicious())
-        if name.endswith("weight_0")
-        else data
-    ),
-    "constant": in_json(
-        CONSTANTS,
-        lambda x: x["config"].update(
-            a=dict(path_name="opaque_obj_0", is_param=False, use_pickle=True, tensor_meta=None)
-        ),
-    ),
-    "guards": in_json("models/model.json", lambda x: x.update(guards_code=[CODE])),
-    "symbol": in_json("models/model.json", replace_first("expr_str", CODE)),
-    "operator": in_json("models/model.json", replace_first("target", "os.mkdir")),
-    "file": in_json("models/model.json", replace_first("target", "torch.ops.aten.from_file.default")),
-    "name": in_json("models/model.json", lambda x: x["graph_module"]["graph"]["nodes"][0].update(name=f"x={CODE};y")),
-}
-
-
-@pytest.mark.parametrize("attack", [*ATTACKS, "extra file"])
-def test_nothing_in_a_malicious_policy_is_executed(attack, capsys):
-    our_expert(Path("good.pt2"))
-    with zipfile.ZipFile("good.pt2") as good, zipfile.ZipFile("bad.pt2", "w") as bad:
-        changed = False
-        for name in good.namelist():
-            name = name.replace(good.namelist()[0].split("/")[0], "policy", 1)
-            data = good.read(name.replace("policy", good.namelist()[0].split("/")[0], 1))
-            new = ATTACKS[attack](name, data) if attack in ATTACKS else data
-            changed |= new != data
-            bad.writestr(name, new)
-        if attack == "constant":
-            bad.writestr("policy/data/constants/opaque_obj_0", pickled(Malicious()))
-        if attack == "extra file":
-            bad.writestr("policy/data/aotinductor/model/x.so", b"\x7fELF")
-        assert changed or attack == "extra file"
-    if attack in ("sample inputs", "extra file"):
-        assert found("bad.pt2"), "without what it does not need it is harmless"
-    else:
-        assert "it holds" in output_of("--expert bad.pt2", capsys, code=2)
-    assert not Path("harm").exists() and not Path("runs").exists()
-
-
-def test_the_attacks_would_work_on_pytorch_itself():
-    """What the check is for: PyTorch executes at least one of them."""
-    our_expert(Path("good.pt2"))
-    with zipfile.ZipFile("good.pt2") as good, zipfile.ZipFile("bad.pt2", "w") as bad:
-        for name in good.namelist():
-            bad.writestr(name, ATTACKS["sample inputs"](name, good.read(name)))
-    with pytest.raises(Exception):  # noqa: B017 — it stumbles over what it has executed
-        torch.export.load("bad.pt2")
-    assert Path("harm").exists()
-
-
 def test_nothing_in_a_malicious_model_of_sb3_is_executed():
     PPO("MlpPolicy", "CartPole-v1", device="cpu").save("good.zip")
     with zipfile.ZipFile("good.zip") as good, zipfile.ZipFile("bad.zip", "w") as bad:
@@ -669,11 +584,12 @@ def test_learns_from_a_minari_dataset(history, dataset, capsys):
     episodes, name = dataset
     steps = sum(len(x.actions) for x in episodes)
     flags = f"--dataset {name} --epochs 2 --eval-episodes 1 --history {history} --total-timesteps"
-    printed = output_of(f"{flags} {steps - 3}", capsys)
+    begun = sum(len(x.actions) for x in episodes[:4]) + 1  # an episode is read to its end
+    printed = output_of(f"{flags} {begun}", capsys)
     returns = [sum(x.rewards) for x in episodes]
     assert f"the expert: {np.mean(returns):.2f} ± {np.std(returns):.2f} over 6 episodes" in printed
     (run_dir,) = Path("runs").iterdir()
-    for length, whole in ((steps - 3, 5), (steps, 6)):
+    for length, whole in ((steps - len(episodes[5].actions), 5), (steps, 6)):
         state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
         data = state["demonstrations"]
         assert state["step"] == state["counter"]["fitted_at"] == length and state["counter"]["episodes"] == whole
@@ -696,9 +612,8 @@ def test_refuses_datasets_that_are_not_there_or_of_other_spaces(dataset, monkeyp
     for flags, names in (
         ("--dataset ./nowhere", "--dataset ./nowhere"),
         (f"--env-id Acrobot-v1 --dataset {dataset[1]}", "Acrobot-v1 has"),
-        (f"--dataset {dataset[1]} --num-envs 2", "--num-envs 1"),
     ):
         assert names in output_of(flags, capsys, code=2)
     assert "over 2 episodes" in output_of(f"--dataset {dataset[1]} --num-demonstrations 2 --epochs 1", capsys)
     monkeypatch.setitem(sys.modules, "minari", None)
-    assert 'pip install "minari[hdf5]"' in output_of(f"--dataset {dataset[1]}", capsys, code=2)
+    assert 'pip install "minari[hdf5,hf]"' in output_of(f"--dataset {dataset[1]}", capsys, code=2)

@@ -1,5 +1,6 @@
 """benchmarks/breakdown.py: a part's time is counted where it is spent, once, and outside of what is compiled."""
 
+import functools
 import importlib
 import time
 
@@ -23,15 +24,15 @@ SMALL = {
 OFF_POLICY = {"dqn", "ddpg", "td3", "sac"}
 
 
-OPTIMISER = {"FlatAdam.step", "FlatAdam.zero_grad"}
+OPTIMISER = {"Adam.step", "RMSprop.step", "Optimizer.zero_grad"}
 REPLAY = {"Envs.step", *OPTIMISER, "ReplayBuffer.add", "ReplayBuffer.draw_rows", "ReplayBuffer.get", "polyak_update"}
 CLOCKED = {
     "ppo": {"Envs.step", *OPTIMISER, "ppo_gradient"},
     "a2c": {"Envs.step", *OPTIMISER, "a2c_gradient"},
-    "trpo": {"Envs.step", "trust_region_step", "line_search", "critic_gradient"},
+    "trpo": {"Envs.step", *OPTIMISER, "trust_region_step", "line_search", "critic_gradient"},
     "dqn": REPLAY | {"dqn_gradient"},
     **{x: REPLAY | {f"{x}_critic_gradient", f"{x}_actor_gradient"} for x in ("ddpg", "td3", "sac")},
-    "ppo_atari": {"PixelEnvs.step", "pixel_ppo_gradient"},
+    "ppo_atari": {"PixelEnvs.step", *OPTIMISER, "pixel_ppo_gradient"},
 }
 
 
@@ -42,8 +43,10 @@ def test_every_work_is_known_here():
 @pytest.mark.parametrize("algo", CLOCKED)
 def test_what_has_a_clock(algo):
     script = importlib.import_module(algo)
-    owners = {"": script}
-    for name in ("Envs", "PixelEnvs", "ReplayBuffer", "FlatAdam"):
+    owners = {"": script} | {
+        f"{x.__name__}.": x for x in (torch.optim.Adam, torch.optim.RMSprop, torch.optim.Optimizer)
+    }
+    for name in ("Envs", "PixelEnvs", "ReplayBuffer"):
         owners |= {f"{name}.": getattr(script, name)} if hasattr(script, name) else {}
     with breakdown.clocks(script):
         clocked = {prefix + x for prefix, owner in owners.items() for x, y in vars(owner).items() if hasattr(y, "part")}
@@ -57,9 +60,7 @@ def test_every_part_is_seen(monkeypatch, algo):
     if algo in OFF_POLICY | {"a2c"}:
         monkeypatch.setattr(f"{algo}.LOG_EVERY", 10)
     row = breakdown.measured("small", "eager")
-    used = {"environment", "gradient"} | (
-        {"optimiser"} if algo not in ("a2c", "trpo") else set()
-    )  # which have PyTorch's own
+    used = {"environment", "gradient", "optimiser"}
     used |= {"replay buffer", "target networks"} if algo in OFF_POLICY else set()
     assert {part for part in breakdown.PARTS if row[part] > 0} == used
     assert 0 < row["environment alone"] and 0 < row["the rest"] < row["whole"]
@@ -74,18 +75,19 @@ def test_a_function_within_another_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "function, part", [("Envs.step", "environment"), ("td3_actor_gradient", "gradient"), ("FlatAdam.step", "optimiser")]
+    "function, part",
+    [("Envs.step", "environment"), ("td3_actor_gradient", "gradient"), ("torch.optim.Adam.step", "optimiser")],
 )
 def test_a_slow_function_is_found_in_its_part(monkeypatch, function, part):
     """Every call waits 20 ms; TD3's policy is updated with every second step, its critics with each."""
     monkeypatch.setitem(WORKS, "small", Work("td3", PENDULUM, warmup_steps=40, steps=60))
     monkeypatch.setattr("td3.LOG_EVERY", 10)
     *owner, name = function.split(".")
-    owner = getattr(td3, owner[0]) if owner else td3
+    owner = functools.reduce(getattr, owner, td3)
     quick = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args: time.sleep(0.02) or quick(*args))
     row = breakdown.measured("small", "eager")
-    waited = 20_000 * {"Envs.step": 1, "td3_actor_gradient": 0.5, "FlatAdam.step": 1.5}[function]
+    waited = 20_000 * {"Envs.step": 1, "td3_actor_gradient": 0.5, "torch.optim.Adam.step": 1.5}[function]
     assert waited < row[part] and row["whole"] - row[part] < waited
     assert (row["environment alone"] > waited) == (function == "Envs.step")
 

@@ -584,7 +584,7 @@ def test_resume_refuses_a_truncated_checkpoint(algo, finished, capsys, size):
 
 def test_resume_refuses_another_algorithms_checkpoint(algo, finished, capsys):
     torch.save(load(finished) | {"algo": "a2c"}, finished / "checkpoint.pt")
-    assert_resume_refuses(algo, finished, capsys, names=["a2c.py"])
+    assert_resume_refuses(algo, finished, capsys, names=["a2c"])
 
 
 def test_resume_refuses_a_run_directory_of_an_older_version(algo, finished, capsys):
@@ -818,7 +818,7 @@ def update(agent, optimizer, part):
 
 
 for module in (ppo, ppo_atari):
-    assert module.average(numbers) is numbers and module.gathered(numbers) is numbers
+    assert module.gathered(numbers) is numbers
 expected = []
 for agent in (box, pixel):
     whole = copy.deepcopy(agent)
@@ -829,23 +829,15 @@ dist.init_process_group("gloo")
 rank, halves = dist.get_rank(), numbers.unflatten(1, (2, 20))
 for module in (ppo, ppo_atari):
     own = halves[0, rank].clone()
-    torch.testing.assert_close(module.average(own), halves[0].mean(0))
-    assert own.equal(halves[0, rank]), "average wrote into its input"
     assert module.gathered(own).equal(numbers[0])
     assert module.gathered(own.T).equal(torch.cat(list(halves[0].transpose(1, 2)))), "of what is not contiguous"
-    layers = torch.nn.Sequential(torch.nn.Linear(6, 2), torch.nn.Linear(2, 2).requires_grad_(False))
-    layers[0].weight.grad, layers[0].bias.grad = halves[0, rank, :2].clone(), halves[0, rank, 2, :2].clone()
-    module.average_gradients(layers)
-    torch.testing.assert_close(layers[0].weight.grad, halves[0, :, :2].mean(0))
-    torch.testing.assert_close(layers[0].bias.grad, halves[0, :, 2, :2].mean(0))
-    assert layers[1].weight.grad is None, "a frozen layer got a gradient"
 for agent, (metrics, whole) in zip((box, pixel), expected):
     before = copy.deepcopy(agent.state_dict())
     optimizer = torch.optim.SGD(agent.parameters(), 10.0)
     for batch, logged in zip(data, metrics):
         found = update(agent, optimizer, [x.chunk(2)[rank] for x in batch])
         for name, x in logged.items():
-            torch.testing.assert_close(ppo.average(found[name]), x, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ppo.gathered(found[name].unsqueeze(0)).mean(0), x, rtol=1e-4, atol=1e-5)
     for (name, x), y in zip(agent.named_parameters(), whole.parameters()):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
         assert (x - before[name]).abs().max() > 1e-4, name

@@ -74,8 +74,8 @@ def test_updates_agree_with_sb3(env_id, record_property):
         for x, y in zip(ours.parameters(), theirs.parameters(), strict=True):
             x.data.copy_(y.data)
     target, start = (copy.deepcopy(agent).requires_grad_(False) for _ in range(2))
-    critic_optimizer = ddpg.FlatAdam(agent.critic.parameters(), args.learning_rate)
-    actor_optimizer = ddpg.FlatAdam(agent.actor.parameters(), args.learning_rate)
+    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), args.learning_rate)
+    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), args.learning_rate)
     buffer = ddpg.ReplayBuffer(300, 1, env.observation_space, env.action_space, CPU)
 
     def update(rows):
@@ -102,7 +102,7 @@ def test_adam_on_one_vector_is_adam_on_each_parameter():
     torch.manual_seed(0)
     networks = [ddpg.relu_mlp([3, 50, 2]) for _ in range(2)]
     networks[1].load_state_dict(networks[0].state_dict())
-    optimizers = [ddpg.FlatAdam(networks[0].parameters(), 1e-2), torch.optim.Adam(networks[1].parameters(), 1e-2)]
+    optimizers = [torch.optim.Adam(networks[0].parameters(), 1e-2), torch.optim.Adam(networks[1].parameters(), 1e-2)]
     for steps in range(1, 31):
         x, scale = torch.randn(16, 3), 10.0 ** (steps % 4 - 3)
         for network, optimizer in zip(networks, optimizers):

@@ -170,7 +170,7 @@ def test_updates_agree_with_sb3(n_step, record_property):
         ours.data.copy_(theirs.data)
     target = copy.deepcopy(network).requires_grad_(False)
     before = copy.deepcopy(network.state_dict())
-    optimizer = dqn.FlatAdam(network.parameters(), args.learning_rate)
+    optimizer = torch.optim.Adam(network.parameters(), args.learning_rate)
     buffer = dqn.ReplayBuffer(300, 1, env.observation_space, env.action_space, CPU)
     seen = 100
 
@@ -207,7 +207,7 @@ def value_of_left(double: bool, seed: int) -> float:
     torch.manual_seed(seed)
     network = dqn.QNetwork(Discrete(2), Discrete(8), (16,))
     target = copy.deepcopy(network).requires_grad_(False)
-    optimizer = dqn.FlatAdam(network.parameters(), 0.02)
+    optimizer = torch.optim.Adam(network.parameters(), 0.02)
     args = dqn.Args(double=double, loss="squared")
     values = []
     for i in range(3000):

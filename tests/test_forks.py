@@ -6,6 +6,7 @@ and with torch.optim.Adam and torch.nn.utils.clip_grad_norm_ in place of what th
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import re
 import sys
@@ -92,12 +93,16 @@ def train(module: types.ModuleType, flags: str | None = None, inserted: type | N
 
 @contextlib.contextmanager
 def plain_pytorch(module: types.ModuleType):
-    """Within it the fork has PyTorch's own optimiser and clipping."""
-    own = {"FlatAdam": lambda params, lr, **settings: torch.optim.Adam(params, lr, **settings)}
-    own["clip_gradient"] = lambda parameters, bound: torch.nn.utils.clip_grad_norm_(list(parameters), bound)
+    """Within it the fork has Adam without a kernel of its own, and PyTorch's own clipping."""
+
+    def clip_gradient(parameters, bound):
+        torch.nn.utils.clip_grad_norm_(list(parameters), bound)
+
+    adam, has_own = torch.optim.Adam, hasattr(module, "clip_gradient")
     with contextlib.ExitStack() as stack:
-        for name in own.keys() & vars(module).keys():
-            stack.enter_context(patch.object(module, name, own[name]))
+        if has_own:
+            stack.enter_context(patch.object(module, "clip_gradient", clip_gradient))
+        stack.enter_context(patch.object(torch.optim, "Adam", lambda *x, **kw: adam(*x, **kw | {"fused": False})))
         yield
 
 
@@ -234,27 +239,27 @@ def test_a_trunk_that_policy_and_value_share(tmp_path):
 # Optimisers -------------------------------------------------------------------------------------------------
 
 
-FLAT = "FlatAdam(agent.parameters(), args.learning_rate, eps=1e-5)"
+ADAM = "torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)"
 
 
 def trained_with(optimizer, tmp_path, algo="ppo", name="optimizer"):
-    """The original, with the optimiser that `optimizer(params, lr, **settings)` makes, from Python."""
+    """The original, with the optimiser that `optimizer(Adam, params, lr, **settings)` makes, from Python."""
     module = fork(tmp_path / "reference", algo)
-    with patch.object(module, "FlatAdam", optimizer):
+    with patch.object(torch.optim, "Adam", functools.partial(optimizer, torch.optim.Adam)):
         return train(module)
 
 
 def test_adamw(tmp_path):
     """In sac.py it changed nothing."""
-    old = "FlatAdam(agent.critics.parameters(), args.learning_rate)"
+    old = "torch.optim.Adam(agent.critics.parameters(), args.learning_rate, fused=True)"
     new = "torch.optim.AdamW(agent.critics.parameters(), args.learning_rate, weight_decay=0.3)"
     seen = train(fork(tmp_path, "sac", (old, new)))
     original = train(fork(tmp_path / "original", "sac"))
     assert_differs({"agent": seen.after["agent"]}, original.after)
 
-    def optimizer(params, lr, **settings):  # decay by hand, before Adam's step
+    def optimizer(adam, params, lr, **settings):  # decay by hand, before Adam's step
         params = list(params)
-        adam = torch.optim.Adam(params, lr, **settings)
+        adam = adam(params, lr, **settings)
         decay = 0.3 if len(params) == 12 else 0.0  # the critics'
 
         def shrink(*_):
@@ -268,15 +273,15 @@ def test_adamw(tmp_path):
 
 
 def test_weight_decay(tmp_path):
-    seen = train(fork(tmp_path, "ppo", (FLAT, FLAT[:-1] + ", weight_decay=0.1)")))
-    reference = trained_with(lambda p, lr, **x: torch.optim.Adam(p, lr, weight_decay=0.1, **x), tmp_path)
+    seen = train(fork(tmp_path, "ppo", (ADAM, ADAM[:-1] + ", weight_decay=0.1)")))
+    reference = trained_with(lambda adam, p, lr, **x: adam(p, lr, weight_decay=0.1, **x), tmp_path)
     assert_same(seen.after, reference.after)
     assert_differs(seen.after, train(fork(tmp_path / "original", "ppo")).after)
 
 
 def test_groups_with_two_rates_that_are_annealed(tmp_path):
     groups = "{'params': [*agent.actor.parameters(), agent.log_std]}, {'params': agent.critic.parameters(), 'lr': 0.0}"
-    module = fork(tmp_path, "ppo", (FLAT, f"torch.optim.Adam([{groups}], args.learning_rate, eps=1e-5)"))
+    module = fork(tmp_path, "ppo", (ADAM, f"torch.optim.Adam([{groups}], args.learning_rate, eps=1e-5)"))
     seen = train(module, FLAGS["ppo"] + " --anneal-lr --learning-rate 0.003")
     for key, x in seen.after["agent"].items():
         assert (not x.equal(seen.before["agent"][key])) == key.startswith(("actor", "log_std")), key
@@ -296,26 +301,21 @@ def test_the_update_of_any_tutorial(tmp_path):
                 metrics.append(gradient_of(agent, minibatch, clip, args))
 """
     module = fork(
-        tmp_path, "ppo", (old, tutorial), (FLAT, "torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)")
+        tmp_path, "ppo", (old, tutorial), (ADAM, "torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)")
     )
     assert_same(train(module).after, train(fork(tmp_path / "original", "ppo")).after)
 
 
 def test_a_frozen_layer(tmp_path):
-    """FlatAdam refuses it in a line that names torch.optim.Adam, with which it stays as it is and the others learn."""
-    frozen = "\n        agent.actor[0].requires_grad_(False)"
-    with pytest.raises(RuntimeError, match="take torch.optim.Adam instead"):
-        train(fork(tmp_path, "ppo", (FLAT, FLAT + frozen)))
-    adam = "torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5)"
-    seen = train(fork(tmp_path / "plain", "ppo", (FLAT, adam + frozen)))
+    """It stays as it is, and the others learn."""
+    seen = train(fork(tmp_path, "ppo", (ADAM, ADAM + "\n        agent.actor[0].requires_grad_(False)")))
     for key, x in seen.after["agent"].items():
         assert x.equal(seen.before["agent"][key]) == (key.startswith(("actor.0", "return_statistics", "bounds"))), key
 
 
 def test_a_frozen_layer_of_the_actor_that_critics_judge(tmp_path):
-    old = "actor_optimizer = FlatAdam(agent.actor.parameters(), args.learning_rate)"
-    new = "actor_optimizer = torch.optim.Adam(agent.actor.parameters(), args.learning_rate)"
-    seen = train(fork(tmp_path, "sac", (old, new + "\n        agent.actor[0].requires_grad_(False)")))
+    old = "actor_optimizer = torch.optim.Adam(agent.actor.parameters(), args.learning_rate, fused=True)"
+    seen = train(fork(tmp_path, "sac", (old, old + "\n        agent.actor[0].requires_grad_(False)")))
     for key, x in seen.after["agent"].items():
         if key.startswith("actor"):
             assert x.equal(seen.before["agent"][key]) == key.startswith("actor.0"), key
@@ -582,251 +582,3 @@ def test_a_default_that_the_recommended_settings_override_is_shown(tmp_path, cap
     train(module, flags)
     (line,) = re.findall("^recommended .*$", capsys.readouterr().out, re.MULTILINE)
     assert " gamma=0.98 " in line and "gae_lambda=0.7 (not 0.8)" in line
-
-
-# FlatAdam against torch.optim.Adam --------------------------------------------------------------------------
-
-
-def network() -> nn.Sequential:
-    """The same in every call."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
-
-
-def loss_of(net: nn.Module, seed: int) -> torch.Tensor:
-    """A minibatch's."""
-    return (net(torch.randn(7, 3, generator=torch.Generator().manual_seed(seed))) - 1).square().mean()
-
-
-def descend(net, optimizer, steps=5, before_step=lambda net: None, zero=None):
-    """The loop of any tutorial."""
-    for seed in range(steps):
-        (zero or optimizer.zero_grad)()
-        loss_of(net, seed).backward()
-        before_step(net)
-        optimizer.step()
-
-
-def clipping(adam):
-    net = network()
-    descend(net, adam(net.parameters(), 0.1), before_step=lambda n: nn.utils.clip_grad_norm_(n.parameters(), 0.01))
-    return net
-
-
-def accumulation(adam):
-    net = network()
-    optimizer = adam(net.parameters(), 0.1)
-    for seed in range(6):
-        loss_of(net, seed).backward()
-        if seed % 3 == 2:
-            optimizer.step()
-            optimizer.zero_grad()
-    return net
-
-
-def zero_grad_of_the_optimizer(adam):
-    net = network()
-    descend(net, adam(net.parameters(), 0.1))
-    return net
-
-
-def zero_grad_to_zeros(adam):
-    net = network()
-    optimizer = adam(net.parameters(), 0.1)
-    descend(net, optimizer, zero=lambda: optimizer.zero_grad(set_to_none=False))
-    return net
-
-
-def zero_grad_of_the_module(adam):
-    net = network()
-    descend(net, adam(net.parameters(), 0.1), zero=net.zero_grad)
-    return net
-
-
-def weight_decay(adam):
-    net = network()
-    descend(net, adam(net.parameters(), 0.1, weight_decay=0.1))
-    return net
-
-
-def decoupled_decay(adam):
-    net = network()
-    descend(net, adam(net.parameters(), 0.1, weight_decay=0.1, decoupled_weight_decay=True))
-    return net
-
-
-def a_schedule(adam):
-    net = network()
-    optimizer = adam(net.parameters(), 0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5**n)
-    for seed in range(5):
-        optimizer.zero_grad()
-        loss_of(net, seed).backward()
-        optimizer.step()
-        schedule.step()
-    return net
-
-
-def save_and_load(adam):
-    net = network()
-    optimizer = adam(net.parameters(), 0.1)
-    descend(net, optimizer)
-    state, again = copy.deepcopy((net.state_dict(), optimizer.state_dict())), network()
-    optimizer = adam(again.parameters(), 0.1)
-    again.load_state_dict(state[0])
-    optimizer.load_state_dict(state[1])
-    descend(again, optimizer)
-    return again
-
-
-def a_layer_initialised_anew(adam):
-    net = network()
-    optimizer = adam(net.parameters(), 0.1)
-    descend(net, optimizer)
-    torch.manual_seed(1)
-    net[0].reset_parameters()
-    descend(net, optimizer)
-    return net
-
-
-def maximize(adam):
-    net = network()
-    descend(net, adam(net.parameters(), 0.1, maximize=True))
-    return net
-
-
-def amsgrad(adam):
-    net = network()
-    descend(net, adam(net.parameters(), 0.1, amsgrad=True))
-    return net
-
-
-def an_added_group(adam):
-    net, other = network(), nn.Linear(2, 2)
-    optimizer = adam(net.parameters(), 0.1)
-    both = nn.Sequential(net, other)
-    descend(net, optimizer)
-    nn.init.eye_(other.weight), nn.init.zeros_(other.bias)
-    optimizer.add_param_group({"params": list(other.parameters()), "lr": 0.01})
-    descend(both, optimizer)
-    return both
-
-
-def groups(adam):
-    net = network()
-    descend(net, adam([{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.01}], 0.1))
-    return net
-
-
-def named_parameters(adam):
-    net = network()
-    descend(net, adam(net.named_parameters(), 0.1))
-    return net
-
-
-def a_closure(adam):
-    net = network()
-    optimizer = adam(net.parameters(), 0.1)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_of(net, 0)
-        loss.backward()
-        return loss
-
-    for _ in range(5):
-        optimizer.step(closure)
-    return net
-
-
-def create_graph(adam):
-    net = network()
-    optimizer = adam(net.parameters(), 0.1)
-    for seed in range(5):
-        optimizer.zero_grad()
-        gradients = torch.autograd.grad(loss_of(net, seed), list(net.parameters()), create_graph=True)
-        for p, gradient in zip(net.parameters(), gradients):
-            p.grad = gradient
-        optimizer.step()
-    return net
-
-
-def a_gradient_that_is_set(adam):
-    net = network()
-    optimizer = adam(net.parameters(), 0.1)
-    for seed in range(5):
-        for p in net.parameters():
-            p.grad = torch.full_like(p, seed + 1.0)
-        optimizer.step()
-    return net
-
-
-def frozen_at_the_start_and_thawed(adam):
-    net = network()
-    net[0].requires_grad_(False)
-    optimizer = adam(net.parameters(), 0.1)
-    descend(net, optimizer)
-    net[0].requires_grad_(True)
-    descend(net, optimizer)
-    return net
-
-
-def frozen_in_mid_run(adam):
-    net = network()
-    optimizer = adam(net.parameters(), 0.1)
-    descend(net, optimizer)
-    net[0].requires_grad_(False)
-    descend(net, optimizer)
-    return net
-
-
-def frozen_with_decay(adam):
-    net = network()
-    optimizer = adam(net.parameters(), 0.1, weight_decay=0.1)
-    net[0].requires_grad_(False)
-    descend(net, optimizer)
-    return net
-
-
-def two_losses_in_turn(adam):
-    net = network()
-    optimizer = adam(net.parameters(), 0.1)
-    for seed in range(3):
-        for part in (net, net[:1]):  # the second reaches the first layer alone
-            optimizer.zero_grad()
-            loss_of(part, seed).backward()
-            optimizer.step()
-    return net
-
-
-def a_replaced_parameter(adam):
-    net = network()
-    optimizer = adam(net.parameters(), 0.1)
-    descend(net, optimizer)
-    net[0].weight = nn.Parameter(torch.ones(5, 3))
-    descend(net, optimizer)
-    return net
-
-
-IDIOMS = (
-    clipping, accumulation, zero_grad_of_the_optimizer, zero_grad_to_zeros, zero_grad_of_the_module, weight_decay,
-    decoupled_decay, a_schedule, save_and_load, a_layer_initialised_anew, maximize, amsgrad, an_added_group, groups,
-    named_parameters, a_closure, create_graph, a_gradient_that_is_set, frozen_at_the_start_and_thawed,
-    frozen_in_mid_run, frozen_with_decay, two_losses_in_turn, a_replaced_parameter,
-)  # fmt: skip
-REFUSED = {
-    groups, an_added_group, named_parameters, decoupled_decay, maximize, amsgrad, a_closure,
-    frozen_at_the_start_and_thawed, frozen_in_mid_run, frozen_with_decay,
-    two_losses_in_turn, a_replaced_parameter,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("idiom", IDIOMS, ids=lambda x: x.__name__)
-def test_flat_adam_is_adam_or_says_that_it_is_not(idiom, tmp_path):
-    flat_adam = fork(tmp_path, "ppo").FlatAdam
-    if idiom in REFUSED:
-        with pytest.raises((RuntimeError, TypeError), match=r"^FlatAdam.*take torch.optim.Adam instead$"):
-            idiom(flat_adam)
-        return
-    for ours, theirs in zip(idiom(flat_adam).parameters(), idiom(torch.optim.Adam).parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -185,13 +185,13 @@ def test_dqns_exploration_falls_linearly(exploration, monkeypatch):
 
 @pytest.mark.parametrize("anneal", [True, False])
 def test_dqns_learning_rate_falls_linearly_if_asked_for(anneal, monkeypatch):
-    rates, step = [], dqn.FlatAdam.step
+    rates, step = [], torch.optim.Adam.step
 
     def recorded(optimizer):
         rates.append(optimizer.param_groups[0]["lr"])
         step(optimizer)
 
-    monkeypatch.setattr(dqn.FlatAdam, "step", recorded)
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
     flags = "--learning-starts 100 --train-frequency 40 --gradient-steps 1 --learning-rate 0.3"
     diary_run(dqn, f"{flags} --{'' if anneal else 'no-'}anneal-lr")
     begun = [80, 160, 240, 320]  # where the iterations with an update begin
@@ -238,8 +238,8 @@ def test_updates_come_when_the_flags_say(algo, monkeypatch):
     add, log, name = algo.ReplayBuffer.add, algo.Run.log, algo.__name__
     monkeypatch.setattr(algo.ReplayBuffer, "add", lambda *x: events.append("a") or add(*x))
     monkeypatch.setattr(algo.Run, "log", lambda run, metrics, **x: logged.extend(metrics) or log(run, metrics, **x))
-    monkeypatch.setattr(algo.FlatAdam, "zero_grad", lambda optimizer: events.append("z"))
-    monkeypatch.setattr(algo.FlatAdam, "step", lambda optimizer: events.append("s"))
+    monkeypatch.setattr(torch.optim.Adam, "zero_grad", lambda optimizer: events.append("z"))
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: events.append("s"))
     monkeypatch.setattr(algo, "polyak_update", lambda target, online, tau: events.append({0.3: "t"}[tau]))
     critics = "dqn_gradient" if algo is dqn else f"{name}_critic_gradient"
     monkeypatch.setattr(algo, critics, event("c", "critic_loss", "q_values"))

@@ -207,7 +207,7 @@ def test_the_entropy_bonus_alone_makes_the_policy_uniform():
     policy = reinforce.Policy(Box(-1, 1, (3,)), Discrete(4), (8,))
     policy.actor[-1].weight.data *= 300
     states, running = torch.randn(10, 5, 3), torch.ones(10, 5, dtype=torch.bool)
-    optimizer, entropies = reinforce.FlatAdam(policy.parameters(), 0.02), []
+    optimizer, entropies = torch.optim.Adam(policy.parameters(), 0.02), []
     for _ in range(100):
         optimizer.zero_grad()
         batch = states, torch.zeros(10, 5, dtype=torch.int64), torch.zeros(10, 5), running
@@ -454,9 +454,9 @@ def test_final_values_are_those_of_normalised_observations(monkeypatch):
 
 
 def test_the_learning_rate_falls_with_the_steps_played(monkeypatch):
-    lrs, optimizer_step = [], reinforce.FlatAdam.step
+    lrs, optimizer_step = [], torch.optim.Adam.step
     steps = recorded(reinforce, monkeypatch, "play_episodes", lambda episodes, *_: episodes.running.sum().item())
-    monkeypatch.setattr(reinforce.FlatAdam, "step", lambda x: lrs.append(x.param_groups[0]["lr"]) or optimizer_step(x))
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda x: lrs.append(x.param_groups[0]["lr"]) or optimizer_step(x))
     flags = [*ONCE, "--total-timesteps", 1000, "--learning-rate", 0.02, "--anneal-lr", "--baseline", "mean"]
     run_dir = train(reinforce, *flags)["run_dir"]
     assert len(lrs) > 2
@@ -567,8 +567,8 @@ def test_update_parity_with_sb3s_a2c(env_id, T, lr, terminates, optimizer, monke
         optimizers = kind(policy.parameters(), lr / T), kind(critic.parameters(), lr * vf_coef)
     else:
         optimizers = (
-            reinforce.FlatAdam(policy.parameters(), lr, eps=eps * T),
-            reinforce.FlatAdam(critic.parameters(), lr, eps=eps / vf_coef),
+            torch.optim.Adam(policy.parameters(), lr, eps=eps * T),
+            torch.optim.Adam(critic.parameters(), lr, eps=eps / vf_coef),
         )
     sb3_train = model.train
 

@@ -243,9 +243,9 @@ def test_updates_agree_with_sb3(env_id, record_property):
     copy_actor(model.actor, agent.actor)
     copy_critics(model.critic, agent.critics)
     target, start = copy.deepcopy(agent.critics).requires_grad_(False), copy.deepcopy(agent)
-    critic_optimizer = sac.FlatAdam(agent.critics.parameters(), args.learning_rate)
-    actor_optimizer = sac.FlatAdam(agent.actor.parameters(), args.learning_rate)
-    alpha_optimizer = sac.FlatAdam([agent.log_alpha], args.learning_rate)
+    critic_optimizer = torch.optim.Adam(agent.critics.parameters(), args.learning_rate)
+    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), args.learning_rate)
+    alpha_optimizer = torch.optim.Adam([agent.log_alpha], args.learning_rate)
     buffer = sac.ReplayBuffer(300, 1, env.observation_space, env.action_space, CPU)
 
     def update(rows):

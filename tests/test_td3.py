@@ -103,8 +103,8 @@ def test_updates_agree_with_sb3(env_id, num_critics, record_property):
         ours.data.copy_(theirs.data)
     copy_critics(model.critic, agent.critics)
     target, start = (copy.deepcopy(agent).requires_grad_(False) for _ in range(2))
-    critic_optimizer = td3.FlatAdam(agent.critics.parameters(), args.learning_rate)
-    actor_optimizer = td3.FlatAdam(agent.actor.parameters(), args.learning_rate)
+    critic_optimizer = torch.optim.Adam(agent.critics.parameters(), args.learning_rate)
+    actor_optimizer = torch.optim.Adam(agent.actor.parameters(), args.learning_rate)
     buffer = td3.ReplayBuffer(300, 1, env.observation_space, env.action_space, CPU)
     updates = 0
 
