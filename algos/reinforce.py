@@ -472,6 +472,9 @@ class Run(ExitStack):
             for low, high, text in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
                 if not all(x is None or low <= x <= high for x in values):
                     fail(f"--{name.replace('_', '-')} {value} must be {text}")
+        own = replace(load_checkpoint(args.resume)["args"] if args.resume else args, resume=args.resume)
+        if replace(own, total_timesteps=args.total_timesteps) != args:
+            fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
         if type(self) is Run and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             fail("learns in one process; ppo.py and ppo_atari.py learn in several under torchrun")
         self.args, self.dir, self.recent_returns, self.stopped = args, Path(os.devnull), deque(maxlen=100), False
@@ -523,8 +526,6 @@ class Run(ExitStack):
             fail(f"--resume {self.dir}: another process is at it")
         if args.resume:
             state = load_checkpoint(args.resume, **modules)
-            if replace(state["args"], resume=args.resume, total_timesteps=args.total_timesteps) != args:
-                fail("--resume goes on with the run's own arguments; only --total-timesteps may be changed beside it")
             self.step, self.updates, self.longest_episode = (state[x] for x in ("step", "updates", "longest_episode"))
             self.saved_step = self.step
             torch.set_rng_state(state["rng"])

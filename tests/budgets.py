@@ -29,21 +29,21 @@ SECTION = re.compile(r"# (\w[^\n]*?) -{3,}$")
 DOCSTRING, PLUMBING, REST = 30, 230, 360
 REST_OF = {"ppo": 380, "ppo_atari": 380, "trpo": 450, "kfac": 450, "bc": 450, "mbpo": 700}
 KNOWN = {
-    "a2c": (292, 357),
-    "bc": (292, 450),
-    "dagger": (292, 316),
-    "ddpg": (290, 338),
-    "dqn": (292, 360),
-    "dqn_atari": (292, 357),
-    "grpo": (292, 359),
-    "kfac": (292, 443),
-    "mbpo": (292, 650),
-    "ppo": (290, 439),
-    "ppo_atari": (290, 379),
-    "reinforce": (292, 358),
-    "sac": (290, 382),
-    "td3": (290, 358),
-    "trpo": (292, 432),
+    "a2c": (293, 357),
+    "bc": (293, 450),
+    "dagger": (293, 316),
+    "ddpg": (291, 338),
+    "dqn": (293, 360),
+    "dqn_atari": (293, 357),
+    "grpo": (293, 359),
+    "kfac": (293, 443),
+    "mbpo": (293, 650),
+    "ppo": (291, 439),
+    "ppo_atari": (291, 379),
+    "reinforce": (293, 358),
+    "sac": (291, 382),
+    "td3": (291, 358),
+    "trpo": (293, 432),
 }
 """Files that are longer, by name: lines of plumbing and of the rest that tests/test_conventions.py lets them have."""
 FUNCTIONS, LINES, DEPTH = 10, 170, 3

@@ -83,9 +83,7 @@ TINY = {
         ),
         refusals=(
             ("--env-id OneStateUnbounded-v0", "too wide"),
-            ("--buffer-size 1", "--buffer-size"),
             ("--buffer-size 1_000_000_000_000", "bytes"),
-            ("--critic-subset 3", "--critic-subset"),
         ),
     ),
     "bc": Tiny(

@@ -203,7 +203,7 @@ def test_samples_follow_the_policy(monkeypatch):
     monkeypatch.setattr(ppo_atari, "pixel_ppo_gradient", recorded)
     monkeypatch.setattr(ppo_atari, "export_policy", lambda *_: None)
     flags = "--num-steps 1000 --num-envs 4 --total-timesteps 8000 --num-minibatches 1 --update-epochs 1"
-    ppo_atari.train(parse(f"--env-id OneStateSmallImage-v0 {flags} --eval-episodes 1"))
+    ppo_atari.train(parse(f"--env-id OneStateImage-v0 {flags} --eval-episodes 1"))
     frequencies = torch.cat(actions).bincount(minlength=2) / 8_000
     torch.testing.assert_close(frequencies, torch.tensor([1.0, -0.5]).softmax(-1), atol=0.02, rtol=0)
 
