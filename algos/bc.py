@@ -1,15 +1,15 @@
 """Behavioural cloning: supervised learning of a policy from an expert's actions (Pomerleau 1988, "ALVINN").
 
-Maximises the likelihood of what an expert π* does in the states that the expert itself visits,
+Fits a policy to what an expert π* does, in the states that the expert itself visits, by minimising
 
     L(θ) = −E_{o ~ d^π*}[log π_θ(π*(o) | o)]
 
-and keeps the weights that do best on demonstrations held out. An error of ε per step costs up to ε T² in T steps, as a
-mistake leads to states that none shows (Ross and Bagnell 2010, theorem 2.1); dagger.py asks the expert there: ε T.
+and keeps the weights that do best on steps held out. An error of ε per step costs up to ε T² in T steps, as a mistake
+leads to states that no demonstration shows (Ross and Bagnell 2010, theorem 2.1); dagger.py asks the expert there: ε T.
 - Where experts do one thing or another (left or right around an obstacle), a Gaussian goes between them. `--head
-  mixture` acts by the best of K Gaussians; `--head autoregressive` gives each dimension from the ones before it.
+  mixture` acts by the best of K Gaussians; `--head autoregressive` predicts each dimension from those before it.
 - Where the expert remembers, one observation does not tell what it does: `--history K` shows the last K of them.
-- `--noise` disturbs the expert's actions, not their labels: these show corrections, then (DART, arXiv 1703.09327).
+- `--noise` disturbs what the expert does, not the labels: they show how it recovers, then (DART, arXiv 1703.09327).
 - Observations are standardised with the demonstrations' mean and deviation, which the exported policy contains.
 
     python algos/bc.py                                            # CartPole-v1; trains an expert first
@@ -67,7 +67,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where policy and data live; auto prefers CUDA
     torch_threads: Count = 1  # CPU threads for PyTorch; one is fastest for networks this small
     compile: bool = False  # compile loss and gradient with torch.compile: pays in runs of several minutes
-    output_dir: str = "runs"  # folder of run directories, and of experts/ that were trained without --expert
+    output_dir: str = "runs"  # folder that run directories are made in, and experts/ that are trained here
     resume: str | None = None  # run directory to go on in, with its own flags; --total-timesteps alone may be changed
     checkpoint_every: Count = 50_000  # environment steps between checkpoints, which hold the demonstrations too
     eval_episodes: Count = 10  # episodes of the final evaluation, with the deterministic policy
@@ -79,18 +79,18 @@ class Args:
     history: Count = 1  # newest observations K that the policy sees; before the K-th, an episode's first is repeated
 
     # demonstrations
-    expert: str | None = None  # your own policy.pt2, as it may hold code, or a Stable-Baselines3 .zip; None trains one
+    expert: str | None = None  # Stable-Baselines3's .zip, or a policy.pt2 that you trust (it may run code)
     dataset: str | None = None  # id of a Minari dataset to learn from instead; downloaded if missing
-    num_demonstrations: Count | None = None  # episodes to learn from, where --total-timesteps gives more
-    noise: NotNegative = 0.0  # disturbs the expert: share of random actions, or deviation in half ranges of a Box
+    num_demonstrations: Count | None = None  # episodes to learn from at most; with --num-envs 2, parts of others, too
+    noise: NotNegative = 0.0  # share of random actions; in a Box, σ of Gaussian noise as a part of half its range
     expert_timesteps: Count = 100_000  # environment steps that an expert is trained for
 
     # algorithm
     head: Literal["gaussian", "mixture", "autoregressive"] = "gaussian"  # distribution of Box actions
     components: Count = 5  # Gaussians of --head mixture
     bins: Count = 31  # bins per dimension of --head autoregressive
-    holdout: Annotated[float, (1e-6, 1 - 1e-6, "between 0 and 1")] = 0.1  # share of steps held out, the newest
-    epochs: Count = 200  # times to go through the rest at most
+    holdout: Annotated[float, (1e-6, 1 - 1e-6, "between 0 and 1")] = 0.1  # share of steps held out, the last ones
+    epochs: Count = 200  # passes through the steps not held out, at most
     patience: Count = 10  # epochs without a better loss on the held-out part before it stops
     batch_size: Count = 128  # observations per gradient step
     learning_rate: Positive = 1e-3  # Adam's step size
@@ -121,31 +121,31 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 class GaussianHead(nn.Module):
-    """N(μ(x), σ²) of x (B, D), with one σ (A,) for all x: its likeliest mean is least squares', weighted by 1/σ²."""
+    """N(μ(x), σ²), one σ for all x. Every head has log_prob and mode of encoded x (B, D), for actions in [−1, 1]."""
 
-    def __init__(self, inputs: int, actions: int, args: Args):
+    def __init__(self, inputs: int, action_size: int, args: Args):
         super().__init__()
-        self.mode = relu_mlp([inputs, *args.hidden_sizes, actions])
-        self.log_std = nn.Parameter(torch.zeros(actions))
+        self.mode = relu_mlp([inputs, *args.hidden_sizes, action_size])
+        self.log_std = nn.Parameter(torch.zeros(action_size))
 
     def log_prob(self, x: Tensor, actions: Tensor) -> Tensor:
-        """log π(a|x) (B,), with actions (B, A), as `mode` gives them: in all heads."""
+        """log π(a|x), (B,)."""
         return gaussian_log_prob(actions, self.mode(x), self.log_std)
 
 
 class MixtureHead(nn.Module):
     """Σ_k w_k(x) N(μ_k(x), σ_k(x)²) with K components (Bishop 1994, "Mixture density networks")."""
 
-    def __init__(self, inputs: int, actions: int, args: Args):
+    def __init__(self, inputs: int, action_size: int, args: Args):
         super().__init__()
-        self.shape = 2, args.components, actions
-        self.network = relu_mlp([inputs, *args.hidden_sizes, args.components * (1 + 2 * actions)])
+        self.shape = 2, args.components, action_size  # of means and log deviations
+        self.network = relu_mlp([inputs, *args.hidden_sizes, args.components * (1 + 2 * action_size)])
 
     def components(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log w (B, K), μ and log σ (B, K, A)."""
         weights, gaussians = self.network(x).tensor_split([self.shape[1]], -1)
         means, log_stds = gaussians.unflatten(-1, self.shape).unbind(1)
-        return weights.log_softmax(-1), means, log_stds.clamp(-5, 2)
+        return weights.log_softmax(-1), means, log_stds.clamp(-5, 2)  # none may shrink to a single action
 
     def log_prob(self, x: Tensor, actions: Tensor) -> Tensor:
         log_weights, means, log_stds = self.components(x)
@@ -159,13 +159,13 @@ class MixtureHead(nn.Module):
 
 
 class AutoregressiveHead(nn.Module):
-    """Π_i π(a_i | a_1 … a_{i−1}, x), each over equal bins of [−1, 1]; any joint distribution, but for their width."""
+    """Π_i π(a_i | a_1 … a_{i−1}, x), each over equal bins of [−1, 1]: any joint distribution, up to the bins' width."""
 
-    def __init__(self, inputs: int, actions: int, args: Args):
+    def __init__(self, inputs: int, action_size: int, args: Args):
         super().__init__()
-        self.register_buffer("which", torch.eye(actions))
+        self.register_buffer("which", torch.eye(action_size))  # row i: that dimension i is asked for
         self.register_buffer("centres", (2 * torch.arange(args.bins) + 1) / args.bins - 1)
-        self.network = relu_mlp([inputs + 2 * actions, *args.hidden_sizes, args.bins])
+        self.network = relu_mlp([inputs + 2 * action_size, *args.hidden_sizes, args.bins])
 
     def logits(self, x: Tensor, actions: Tensor) -> Tensor:
         """Of every dimension's bins (B, A, bins); that of dimension i sees only actions before it."""
@@ -180,7 +180,7 @@ class AutoregressiveHead(nn.Module):
     def mode(self, x: Tensor) -> Tensor:
         """The centre of the likeliest bin (B, A), one dimension after the other."""
         actions = x.new_zeros(x.shape[0], len(self.which))
-        for _ in self.which:  # a dimension depends on those before it alone: each pass makes one more of them right
+        for _ in self.which:  # after pass i the first i are final, as each depends on those before it alone
             actions = self.centres[self.logits(x, actions).argmax(-1)]
         return actions
 
@@ -204,8 +204,8 @@ class ClonedPolicy(nn.Module):
         heads = dict(gaussian=GaussianHead, mixture=MixtureHead, autoregressive=AutoregressiveHead)
         self.head = heads[args.head](inputs, action_space.shape[0], args)
         self.register_buffer("bounds", torch.as_tensor(np.stack([action_space.low, action_space.high])))
-        self.register_buffer("low", torch.tensor(action_space.low, dtype=torch.float32))
-        self.register_buffer("high", torch.tensor(action_space.high, dtype=torch.float32))
+        self.register_buffer("low", torch.tensor(action_space.low, dtype=torch.float32))  # of what is scaled: finite
+        self.register_buffer("high", torch.tensor(action_space.high, dtype=torch.float32))  # after `standardise`
 
     def standardise(self, obs: Tensor, actions: Tensor) -> None:
         """Takes over the mean and deviation of observations (B, …), and of actions (B, A) where they have no bounds."""
@@ -217,16 +217,16 @@ class ClonedPolicy(nn.Module):
             self.high = torch.where(bounded, self.high, mean + 3 * std)
 
     def encode(self, obs: Tensor) -> Tensor:
-        """Observations → x (B, D): one-hot for a Discrete space, standardised."""
+        """Observations → x (B, D): one-hot for a Discrete space, else standardised."""
         if self.one_hot:
             obs = F.one_hot(obs - int(self.observation_space.start), int(self.observation_space.n))
         return (obs.float() - self.mean) / self.std
 
     def log_prob(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """log π(a|o) (B,) of actions in the environment's units; a Box's density, or bins' mass, is of scaled ones."""
+        """log π(a|o) (B,) of the environment's actions; in a Box of the scaled action: its density, or bins' mass."""
         x = self.encode(obs)
         if self.discrete:
-            return -F.cross_entropy(self.logits(x), actions - int(self.action_space.start), reduction="none")
+            return -F.cross_entropy(self.logits(x), actions.long() - int(self.action_space.start), reduction="none")
         return self.head.log_prob(x, 2 * (actions.float() - self.low) / (self.high - self.low) - 1)
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ class LabelledStates(list):
     """Batches of observations and the expert's actions there, (B, …) each."""
 
     def state_dict(self) -> dict:
-        """All of them so far, as one batch: for the fit, and for a checkpoint."""
+        """All of them so far, which become one batch: for the fit, and for a checkpoint."""
         self[:] = [tuple(map(torch.cat, zip(*self)))] if self else []
         return dict(zip(("observations", "actions"), self[0])) if self else {}
 
@@ -270,7 +270,7 @@ def bc_gradient(policy: ClonedPolicy, obs: Tensor, actions: Tensor) -> dict[str,
 def fit(policy: ClonedPolicy, optimizer, data: tuple[Tensor, Tensor], args: Args, run, gradient_of) -> list[dict]:
     """Learns from pairs (B, …) until the held-out loss stops falling, or run.stopped; keeps the best weights."""
     if len(data[0]) < 2:
-        fail("of one demonstration there is none to hold out: raise --total-timesteps")
+        fail("of one step there is none to hold out: raise --total-timesteps")
     policy.standardise(*data)
     size = len(data[0]) - max(1, int(args.holdout * len(data[0])))
     (obs, actions), held_out = (x[:size] for x in data), [x[size:].split(4096) for x in data]
@@ -279,7 +279,7 @@ def fit(policy: ClonedPolicy, optimizer, data: tuple[Tensor, Tensor], args: Args
         if run.stopped:
             break
         order, metrics = torch.randperm(size, device=obs.device), []
-        for first in range(0, size, args.batch_size):  # full batches: the last one begins the order anew
+        for first in range(0, size, args.batch_size):  # the last batch is filled from the order's beginning
             rows = order[torch.arange(first, first + args.batch_size, device=obs.device) % size]
             optimizer.zero_grad()
             metrics.append(gradient_of(policy, obs[rows], actions[rows]))
@@ -300,13 +300,13 @@ def fit(policy: ClonedPolicy, optimizer, data: tuple[Tensor, Tensor], args: Args
 
 
 def load_sb3(path: Path, envs) -> Callable:
-    """The policy in a Stable-Baselines3 model, of tensors: from its weights and settings, those in pickles left out."""
+    """The policy in a Stable-Baselines3 .zip, from tensors to tensors, built from its weights and JSON: no pickles."""
     with zipfile.ZipFile(path) as archive:
         about = json.loads(archive.read("data"))
         weights = torch.load(io.BytesIO(archive.read("policy.pth")), map_location="cpu", weights_only=True)
-    module, init = (about["policy_class"].get(x, "") for x in ("__module__", "__init__"))
+    module, init = (about["policy_class"].get(x, "") for x in ("__module__", "__init__"))  # "<function SACPolicy.__…"
     name = init.removeprefix("<function ").partition(".")[0]
-    if not re.fullmatch(r"stable_baselines3\.\w+\.policies(ActorCritic|DQN|SAC|TD3)Policy", module + name):
+    if not re.fullmatch(r"stable_baselines3\.\w+\.policies\.(ActorCritic|DQN|SAC|TD3)Policy", f"{module}.{name}"):
         raise ValueError(f"it is a {module}.{name}; only Stable-Baselines3's own for vectors can be played")
     if found := [*path.parent.glob("*vecnormalize*.pkl")]:
         raise ValueError(f"{found[0].name}, beside it, normalised its observations; a pickle, it is not opened here")
@@ -331,7 +331,7 @@ def train_expert(args: Args, path: Path, run) -> None:
         settings |= dict(learning_rate=lambda remaining: 1e-3 * remaining, clip_range=lambda remaining: 0.2 * remaining)
     model = algo("MlpPolicy", make_vec_env(lambda: make_env(args), num_envs, 1), seed=1, device="cpu", **settings)
     with tqdm(total=args.expert_timesteps, unit="step", desc=f"expert for {args.env_id}") as bar:
-        model.learn(args.expert_timesteps, lambda *_: (bar.update(num_envs), not run.stopped)[1])
+        model.learn(args.expert_timesteps, lambda *_: bar.update(num_envs) or not run.stopped)  # False stops it
     if run.stopped:
         raise SystemExit(130)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -341,7 +341,7 @@ def train_expert(args: Args, path: Path, run) -> None:
 
 @torch.random.fork_rng()  # Stable-Baselines3 seeds the whole process
 def find_expert(args: Args, envs, run) -> Callable:
-    """The expert of --expert, or one of Stable-Baselines3: trained now, or before by the same code for the same."""
+    """The expert of --expert, or one of Stable-Baselines3: trained now, or before for the same task and steps."""
     space, spec = envs.action_space, envs.envs[0].spec
     recipe = hashlib.sha256(repr((spec, inspect.getsource(train_expert))).encode()).hexdigest()
     name = f"{spec.id.replace('/', '-')}__{args.expert_timesteps}__{recipe[:8]}.zip"
@@ -398,12 +398,12 @@ def train(args: Args) -> dict:
     with Run(args) as run:
         envs = Envs(args, args.num_envs, (Discrete, Box))
         dataset = read_dataset(args, envs) if args.dataset else []
-        expert = shown = None if dataset else find_expert(args, envs, run)
-        if args.history > 1:  # this process's environments of the id show it, those of evaluations too
+        expert = original = None if dataset else find_expert(args, envs, run)
+        if args.history > 1:  # of all of the id from here to the run's end, evaluation's too
             if not isinstance(envs.observation_space, Box):
                 fail(f"--history needs observations in a Box, and {args.env_id} has {envs.observation_space}")
             size, spec = envs.observation_space.shape[0], gym.registry[envs.envs[0].spec.id]
-            expert = lambda obs: shown(obs[:, -size:])  # noqa: E731
+            expert = lambda obs: original(obs[:, -size:])  # noqa: E731  it sees the newest alone, as before
             run.callback(setattr, spec, "additional_wrappers", spec.additional_wrappers)
             stack = gym.wrappers.FrameStackObservation.wrapper_spec(stack_size=args.history, padding_type="reset")
             spec.additional_wrappers += gym.wrappers.FlattenObservation.wrapper_spec(), stack
@@ -432,16 +432,16 @@ def train(args: Args) -> dict:
             if progress.episodes:
                 run.log([], demonstrations=counter.episodes.item())
 
-        # Do as it does.
         if counter.fitted_at != run.step and not run.stopped:
+            run.checkpoint()  # from here a fit that is killed begins anew
             pairs = [x.to(run.device) for x in data.state_dict().values()]
             metrics = fit(policy, optimizer, pairs, args, run, gradient_of)
             if not run.stopped:
                 run.log(metrics, demonstrations=counter.episodes.item())
                 counter.fitted_at.fill_(run.step)
         if not run.stopped:
-            limit = envs.time_limit or 10 * run.longest_episode or 1000  # as of the policy
-            player = nn.PReLU()  # a module for `evaluate`, which plays where its parameter is: on the CPU
+            limit = envs.time_limit or 10 * run.longest_episode or 1000  # as in Run.finish
+            player = nn.PReLU()  # any with a parameter: `evaluate` sends observations to where that is, the CPU
             player.forward = lambda obs: torch.as_tensor(expert(obs.numpy()))
             played = [x for *_, x in dataset] or evaluate(player, args, max_episode_steps=limit)
             tqdm.write(f"the expert: {np.mean(played):.2f} ± {np.std(played):.2f} over {len(played)} episodes")

@@ -163,7 +163,7 @@ class LabelledStates(list):
     """Batches of observations and the expert's actions there, (B, …) each."""
 
     def state_dict(self) -> dict:
-        """All of them so far, as one batch: for the fit, and for a checkpoint."""
+        """All of them so far, which become one batch: for the fit, and for a checkpoint."""
         self[:] = [tuple(map(torch.cat, zip(*self)))] if self else []
         return dict(zip(("observations", "actions"), self[0])) if self else {}
 
@@ -195,13 +195,13 @@ def dagger_gradient(learner: Learner, obs: Tensor, actions: Tensor) -> dict[str,
 
 
 def load_sb3(path: Path, envs) -> Callable:
-    """The policy in a Stable-Baselines3 model, of tensors: from its weights and settings, those in pickles left out."""
+    """The policy in a Stable-Baselines3 .zip, from tensors to tensors, built from its weights and JSON: no pickles."""
     with zipfile.ZipFile(path) as archive:
         about = json.loads(archive.read("data"))
         weights = torch.load(io.BytesIO(archive.read("policy.pth")), map_location="cpu", weights_only=True)
-    module, init = (about["policy_class"].get(x, "") for x in ("__module__", "__init__"))
+    module, init = (about["policy_class"].get(x, "") for x in ("__module__", "__init__"))  # "<function SACPolicy.__…"
     name = init.removeprefix("<function ").partition(".")[0]
-    if not re.fullmatch(r"stable_baselines3\.\w+\.policies(ActorCritic|DQN|SAC|TD3)Policy", module + name):
+    if not re.fullmatch(r"stable_baselines3\.\w+\.policies\.(ActorCritic|DQN|SAC|TD3)Policy", f"{module}.{name}"):
         raise ValueError(f"it is a {module}.{name}; only Stable-Baselines3's own for vectors can be played")
     if found := [*path.parent.glob("*vecnormalize*.pkl")]:
         raise ValueError(f"{found[0].name}, beside it, normalised its observations; a pickle, it is not opened here")
@@ -226,7 +226,7 @@ def train_expert(args: Args, path: Path, run) -> None:
         settings |= dict(learning_rate=lambda remaining: 1e-3 * remaining, clip_range=lambda remaining: 0.2 * remaining)
     model = algo("MlpPolicy", make_vec_env(lambda: make_env(args), num_envs, 1), seed=1, device="cpu", **settings)
     with tqdm(total=args.expert_timesteps, unit="step", desc=f"expert for {args.env_id}") as bar:
-        model.learn(args.expert_timesteps, lambda *_: (bar.update(num_envs), not run.stopped)[1])
+        model.learn(args.expert_timesteps, lambda *_: bar.update(num_envs) or not run.stopped)  # False stops it
     if run.stopped:
         raise SystemExit(130)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ def train_expert(args: Args, path: Path, run) -> None:
 
 @torch.random.fork_rng()  # Stable-Baselines3 seeds the whole process
 def find_expert(args: Args, envs, run) -> Callable:
-    """The expert of --expert, or one of Stable-Baselines3: trained now, or before by the same code for the same."""
+    """The expert of --expert, or one of Stable-Baselines3: trained now, or before for the same task and steps."""
     space, spec = envs.action_space, envs.envs[0].spec
     recipe = hashlib.sha256(repr((spec, inspect.getsource(train_expert))).encode()).hexdigest()
     name = f"{spec.id.replace('/', '-')}__{args.expert_timesteps}__{recipe[:8]}.zip"
