@@ -462,17 +462,12 @@ def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Ten
 
 
 def sac_critic_gradient(agent, target, batch: tuple, noise: Tensor, members: Tensor | None, args: Args) -> dict:
-    """Leaves ∇L(θ) of a minibatch in the critics' .grad, and returns what to log; noise (B, A) is that of a'.
-
-    The target takes the minimum over those of the target critics that `members` picks, or over all.
-    """
+    """Leaves ∇L(θ) in the critics' .grad; noise (B, A) is that of a', members the critics of the target's minimum."""
     with torch.no_grad():
         next_states = agent.encode(batch.next_observations)
         next_actions, next_log_probs = squashed_gaussian(*agent.policy(next_states), noise)
-        next_q = target(next_states, next_actions)
-        next_q = next_q if members is None else next_q[members]
-        alpha = agent.log_alpha.exp()
-        soft_values = next_q.min(0).values - alpha * next_log_probs  # (B,); arXiv 1812.05905, eq. 3
+        next_q = target(next_states, next_actions)[slice(None) if members is None else members]
+        soft_values = next_q.min(0).values - agent.log_alpha.exp() * next_log_probs  # (B,); arXiv 1812.05905, eq. 3
         targets = batch.rewards + args.gamma * soft_values * ~batch.terminated
     q_values = agent.critics(agent.encode(batch.observations), batch.actions)
     loss = 0.5 * (q_values - targets).square().mean(1).sum()
@@ -481,10 +476,7 @@ def sac_critic_gradient(agent, target, batch: tuple, noise: Tensor, members: Ten
 
 
 def sac_actor_gradient(agent, batch: tuple, noise: Tensor, args: Args) -> dict[str, Tensor]:
-    """Leaves −∇J(φ) of a minibatch in the actor's .grad and, with --autotune, ∇L(α) in log α's; returns what to log.
-
-    L(α) is eq. 18 of arXiv 1812.05905 with log α for α: descending it lowers α where the entropy is above H̄.
-    """
+    """Leaves −∇J(φ) in the actor's .grad and, with --autotune, ∇L(α) (eq. 18, for log α) in log α's; noise (B, A)."""
     states, alpha = agent.encode(batch.observations), agent.log_alpha.detach().exp()
     actions, log_probs = squashed_gaussian(*agent.policy(states), noise)
     q_values = agent.critics(states, actions)

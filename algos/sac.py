@@ -23,8 +23,7 @@ steps per environment step do not overestimate; its policy climbs the critics' m
 Against Stable-Baselines3 (SB3): the same update (parameters and α agree to 1e-5 after 200 gradient steps,
 tests/test_sac.py), but for the 1e-6 that SB3 adds to 1 − tanh² u.
 
-    python algos/sac.py                                   # Pendulum-v1
-    python algos/sac.py --env-id HalfCheetah-v5 --seed 3
+    python algos/sac.py --env-id HalfCheetah-v5 --seed 3  # without flags Pendulum-v1
 """
 
 import copy
@@ -103,7 +102,6 @@ class Args:
     hidden_sizes: tuple[Count, ...] = (256, 256)  # ReLU layers of the policy and of each critic
 
 
-# fmt: off
 MUJOCO = dict(total_timesteps=1_000_000, learning_starts=10_000)
 RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit flag wins
     "Pendulum-v1": dict(total_timesteps=20_000, learning_starts=100, learning_rate=1e-3),
@@ -111,7 +109,6 @@ RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit f
     "Humanoid-v5": MUJOCO | dict(total_timesteps=2_000_000),
     "Swimmer-v5": MUJOCO | dict(gamma=0.999),
 }
-# fmt: on
 
 
 # Networks ---------------------------------------------------------------------------------------------------
@@ -255,17 +252,12 @@ def squashed_gaussian(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Ten
 
 
 def sac_critic_gradient(agent, target, batch: tuple, noise: Tensor, members: Tensor | None, args: Args) -> dict:
-    """Leaves ∇L(θ) of a minibatch in the critics' .grad, and returns what to log; noise (B, A) is that of a'.
-
-    The target takes the minimum over those of the target critics that `members` picks, or over all.
-    """
+    """Leaves ∇L(θ) in the critics' .grad; noise (B, A) is that of a', members the critics of the target's minimum."""
     with torch.no_grad():
         next_states = agent.encode(batch.next_observations)
         next_actions, next_log_probs = squashed_gaussian(*agent.policy(next_states), noise)
-        next_q = target(next_states, next_actions)
-        next_q = next_q if members is None else next_q[members]
-        alpha = agent.log_alpha.exp()
-        soft_values = next_q.min(0).values - alpha * next_log_probs  # (B,); arXiv 1812.05905, eq. 3
+        next_q = target(next_states, next_actions)[slice(None) if members is None else members]
+        soft_values = next_q.min(0).values - agent.log_alpha.exp() * next_log_probs  # (B,); arXiv 1812.05905, eq. 3
         targets = batch.rewards + args.gamma * soft_values * ~batch.terminated
     q_values = agent.critics(agent.encode(batch.observations), batch.actions)
     loss = 0.5 * (q_values - targets).square().mean(1).sum()
@@ -274,10 +266,7 @@ def sac_critic_gradient(agent, target, batch: tuple, noise: Tensor, members: Ten
 
 
 def sac_actor_gradient(agent, batch: tuple, noise: Tensor, args: Args) -> dict[str, Tensor]:
-    """Leaves −∇J(φ) of a minibatch in the actor's .grad and, with --autotune, ∇L(α) in log α's; returns what to log.
-
-    L(α) is eq. 18 of arXiv 1812.05905 with log α for α: descending it lowers α where the entropy is above H̄.
-    """
+    """Leaves −∇J(φ) in the actor's .grad and, with --autotune, ∇L(α) (eq. 18, for log α) in log α's; noise (B, A)."""
     states, alpha = agent.encode(batch.observations), agent.log_alpha.detach().exp()
     actions, log_probs = squashed_gaussian(*agent.policy(states), noise)
     q_values = agent.critics(states, actions)
@@ -327,8 +316,8 @@ def train(args: Args) -> dict:
 
         @torch.no_grad()
         def act(obs: Tensor) -> Tensor:
-            noise = torch.randn(args.num_envs, agent.action_size, device=run.device)
-            return squashed_gaussian(*agent.policy(agent.encode(obs)), noise)[0]
+            mean, log_std = agent.policy(agent.encode(obs))
+            return squashed_gaussian(mean, log_std, torch.randn_like(mean))[0]
 
         def update_critics(rows: Tensor, members: Tensor | None) -> tuple[tuple, dict]:
             batch = buffer.get(rows)
@@ -343,8 +332,7 @@ def train(args: Args) -> dict:
             alpha_optimizer.zero_grad()
             metrics = actor_gradient(agent, batch, torch.randn_like(batch.actions), args)
             actor_optimizer.step()
-            if args.autotune:
-                alpha_optimizer.step()
+            alpha_optimizer.step()  # without --autotune there is no gradient, and it does nothing
             return metrics
 
         act = cuda_graph(act, args, run.device)
@@ -365,9 +353,8 @@ def train(args: Args) -> dict:
 
             # Update on minibatches of everything in the buffer.
             for _ in range(args.gradient_steps if run.step > args.learning_starts else 0):
-                rows, members = buffer.draw_rows(args.batch_size), None
-                if args.critic_subset < args.num_critics:
-                    members = torch.randperm(args.num_critics, device=run.device)[: args.critic_subset]
+                rows, redq = buffer.draw_rows(args.batch_size), args.critic_subset < args.num_critics
+                members = torch.randperm(args.num_critics, device=run.device)[: args.critic_subset] if redq else None
                 batch, critic_metrics = update_critics(rows, members)
                 metrics.append(critic_metrics)
                 run.updates += 1
