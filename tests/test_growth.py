@@ -14,9 +14,13 @@ from throughput import Work, machine
     "setting, bytes_each", [("eager", 2 * 17 * 4 + 6 * 4 + 4 + 2), ("sb3", 2 * 17 * 8 + 6 * 4 + 12)]
 )
 def test_the_memory_of_a_full_buffer(setting, bytes_each):
-    """Two observations of 17 numbers, which SB3 keeps as float64, 6 of an action, a reward and two flags."""
+    """Two observations of 17 numbers, which SB3 keeps as float64, 6 of an action, a reward and two flags.
+
+    Up to a page of 2 MiB, which the kernel may take for what would need less.
+    """
     for size, error in ((growth.BUFFER_SIZES[0], 0.3), (200_000, 0.1)):
-        assert growth.in_process(growth.buffer_bytes, size, setting) == pytest.approx(size * bytes_each, rel=error)
+        expected = pytest.approx(size * bytes_each, rel=error, abs=2**21)
+        assert growth.in_process(growth.buffer_bytes, size, setting) == expected
 
 
 def test_a_size_is_what_the_script_is_run_with():
