@@ -5,7 +5,6 @@
     python benchmarks/run.py mujoco --only Hopper --dry-run     # what it would do
     python benchmarks/run.py classic --rerun-changed            # measures anew what older code has measured
     python benchmarks/run.py classic --confirm-changed          # or one seed of it, to see that nothing else changed
-    python benchmarks/run.py classic --confirm-changed --against ../old   # on another processor: against old code there
     python benchmarks/run.py atari --launcher ray               # on all nodes of a Ray cluster (RAY_ADDRESS)
 
 Each cell (implementation, algorithm, environment, seed, steps) is one process with the command that a user would
@@ -24,7 +23,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, astuple, dataclass, fields, replace
@@ -69,9 +67,6 @@ class Args:
     confirm_changed: bool = False
     """of those, measure one seed anew per algorithm and environment: if every episode is as recorded, the rows of the
     other seeds count as measured with today's code, too"""
-    against: Path | None = None
-    """for --confirm-changed on a processor that rounds otherwise than the one that measured: a checkout of the code
-    that did, which is run here too; its episodes, not the recorded ones, have to be the same"""
     dry_run: bool = False
     """list the cells and the time that they take, start nothing: "skip" what is recorded, "record" what has finished in
     --work, "resume" what has begun there, "run" the rest; † where other code or flags than today's measured it"""
@@ -475,7 +470,7 @@ def confirm(todo: list[Cell], args: Args) -> int:
     Same seed, same bits: where its evaluation and every episode are the recorded ones, the change made no difference,
     and the rows of the group that the same code had measured get today's code_sha256 and versions. Where only the
     evaluation differs, as it may by rounding where another number of environments is evaluated at a time, the new one
-    is recorded for that cell. With --against what the recorded code does on this machine stands for what is recorded.
+    is recorded for that cell.
     """
     runs = read_runs(args.results)
     changed = changed_cells(todo, runs)
@@ -483,26 +478,16 @@ def confirm(todo: list[Cell], args: Args) -> int:
     if not firsts:
         print("nothing has changed", file=sys.stderr)
         return 0
-    apart, reference = args.work / "confirm", args.results
-    if args.against:
-        reference = apart / "against"
-        names = "|".join(f"^{re.escape(cell.name)}$" for cell in firsts.values())
-        command = [sys.executable, args.against / "benchmarks" / "run.py", args.suite, "--only", names]
-        command += ["--workers", args.workers, "--results", reference, "--work", apart / "against_work"]
-        subprocess.run([str(x) for x in command])
+    apart = args.work / "confirm"
     failed = run(list(firsts.values()), replace(args, work=apart, results=apart / "results", rerun_changed=True))
-    old_runs, new_runs, evaluations = read_runs(reference), read_runs(apart / "results"), ["eval_mean", "eval_std"]
+    new_runs, evaluations = read_runs(apart / "results"), ["eval_mean", "eval_std"]
     for key, cell in firsts.items():
         if astuple(cell) not in new_runs.index or new_runs.code_sha256[astuple(cell)] != present_code(cell):
             continue  # it failed: what is there is of an older confirmation
         recorded, new = runs.loc[astuple(cell)], new_runs.loc[astuple(cell)]
-        if astuple(cell) not in old_runs.index or old_runs.code_sha256[astuple(cell)] != recorded["code_sha256"]:
-            failed += 1
-            print(f"{cell.name}: {args.against} is not the code that measured it, or it failed", file=sys.stderr)
-            continue
         one, other = (
             pd.read_csv(results / "episodes" / f"{cell.name}.csv.gz")[["r", "l"]]
-            for results in (reference, apart / "results")
+            for results in (args.results, apart / "results")
         )
         if not one.equals(other):
             failed += 1
@@ -515,7 +500,7 @@ def confirm(todo: list[Cell], args: Args) -> int:
             rows = [astuple(c) for c in same if now.code_sha256[astuple(c)] == recorded["code_sha256"]]
             now.loc[rows, "code_sha256"] = [present_code(Cell(*row)) for row in rows]
             now.loc[rows, "versions"] = new["versions"]
-            if list(old_runs.loc[astuple(cell)][evaluations]) != list(new[evaluations]):
+            if list(recorded[evaluations]) != list(new[evaluations]):
                 now.loc[[astuple(cell)], evaluations] = [list(new[evaluations])]
             write_runs(now, args.results)
         print("\n".join(f"{Cell(*row).name}: confirmed" for row in rows), file=sys.stderr)
