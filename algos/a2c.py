@@ -77,7 +77,7 @@ class Args:
     resume: str | None = None  # run directory to go on in, with its own flags; --total-timesteps alone may be changed
     checkpoint_every: Count = 50_000  # environment steps between checkpoints
     eval_episodes: Count = 10  # episodes of the final evaluation, with the deterministic policy
-    capture_video: bool = False  # film from episodes 0, 1, 8, 27, 64 … of the first environment on, 1000 images each, into videos/
+    capture_video: bool = False  # film 1000 images from episodes 0, 1, 8, 27, 64 … on, of the first environment
 
     # environment
     env_id: str = "CartPole-v1"  # gymnasium environment; its recommended settings, if any, become the defaults
