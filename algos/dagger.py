@@ -64,7 +64,6 @@ Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest, in words
 Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
 Fraction = Annotated[float, (0, 1, "from 0 to 1")]
 Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
-NotNegative = Annotated[float, (0, sys.float_info.max, "0 or more")]
 
 
 @dataclass

@@ -254,6 +254,16 @@ def test_noise_disturbs_actions_within_the_space(noise):
     np.testing.assert_allclose(np.quantile(np.abs(done_instead - [0, 5]), 0.5, axis=0), spread, rtol=0.1, atol=1e-6)
 
 
+def test_a_fit_that_is_killed_costs_no_demonstrations(monkeypatch):
+    monkeypatch.setattr(bc, "find_expert", lambda args, envs, run: lambda obs: np.zeros(len(obs), np.int64))
+    monkeypatch.setattr(bc, "fit", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bc.train(bc.Args(total_timesteps=100))
+    (run_dir,) = Path("runs").iterdir()
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert state["step"] == len(state["demonstrations"]["observations"]) == 100
+
+
 def test_labels_are_the_experts_whatever_noise_does(monkeypatch):
     monkeypatch.setattr(bc, "find_expert", lambda *_: lambda obs: (obs[:, 2] > 0).astype(np.int64))
     flags = "--total-timesteps 600 --noise 0.5 --epochs 1 --eval-episodes 1 --num-envs 3"

@@ -193,7 +193,7 @@ def test_samples_follow_the_policy(monkeypatch):
     actions = []
 
     def constant(agent, images):
-        return torch.tensor([1.0, -0.5]).expand(len(images), 2), torch.zeros(len(images))
+        return torch.tensor([2.0, 0.0, -1.0]).expand(len(images), 3), torch.zeros(len(images))
 
     def recorded(agent, batch, clip, args):
         actions.append(batch.actions)
@@ -203,9 +203,9 @@ def test_samples_follow_the_policy(monkeypatch):
     monkeypatch.setattr(ppo_atari, "pixel_ppo_gradient", recorded)
     monkeypatch.setattr(ppo_atari, "export_policy", lambda *_: None)
     flags = "--num-steps 1000 --num-envs 4 --total-timesteps 8000 --num-minibatches 1 --update-epochs 1"
-    ppo_atari.train(parse(f"--env-id OneStateImage-v0 {flags} --eval-episodes 1"))
-    frequencies = torch.cat(actions).bincount(minlength=2) / 8_000
-    torch.testing.assert_close(frequencies, torch.tensor([1.0, -0.5]).softmax(-1), atol=0.02, rtol=0)
+    ppo_atari.train(parse(f"--env-id Catch-v0 {flags} --eval-episodes 1"))
+    frequencies = torch.cat(actions).bincount(minlength=3) / 8_000
+    torch.testing.assert_close(frequencies, torch.tensor([2.0, 0.0, -1.0]).softmax(-1), atol=0.02, rtol=0)
 
 
 def test_the_network_sees_intensities_and_acts_in_the_space():
