@@ -70,9 +70,9 @@ class Args:
     seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
     total_timesteps: Count = 100_000  # environment steps
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where networks and replay buffer live; auto prefers CUDA
-    torch_threads: Count = 1  # CPU threads for PyTorch; for layers of 256 two are faster, if there are cores to spare
+    torch_threads: Count | Literal["auto"] = 1  # CPU threads for PyTorch; auto tries for a second which are fastest
     compile: bool = False  # torch.compile: pays in runs of several minutes; on a GPU updates become CUDA graphs, too
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32 products; lower may round
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # of float32 products; auto never rounds
     output_dir: str = "runs"  # folder that run directories are made in
     resume: str | None = None  # run directory to go on in, with its own flags; --total-timesteps alone may be changed
     checkpoint_every: Count = 50_000  # environment steps between checkpoints, which hold the replay buffer too
@@ -294,7 +294,7 @@ LOG_EVERY = 1_000  # environment steps between two points of losses/*, which are
 
 def train(args: Args) -> dict:
     """Trains, evaluates and exports. Returns {"run_dir": Path, "returns": (eval_episodes,) of the evaluation}."""
-    with Run(args) as run:
+    with Run(args := settle(args)) as run:
         torch.set_float32_matmul_precision(args.matmul_precision)
         envs = Envs(args, args.num_envs, (Box,))
         if args.learning_starts >= args.total_timesteps:
@@ -657,7 +657,7 @@ def export_policy(policy: nn.Module, envs, path: Path) -> None:
     torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=shapes), path)
 
 
-# CUDA graphs of whole updates -------------------------------------------------------------------------------
+# CUDA graphs of whole updates, and what auto stands for ----------------------------------------------------
 
 
 class CudaGraph:
@@ -698,6 +698,53 @@ class CudaGraph:
 def cuda_graph(function: Callable, args: Args, device: torch.device, *optimizers) -> Callable:
     """With --compile on a GPU the function, in which `optimizers` step, as a CudaGraph, else the function itself."""
     return CudaGraph(function, optimizers) if args.compile and device.type == "cuda" else function
+
+
+def settle(args: Args) -> Args:
+    """The same with a number for --torch-threads auto and a setting for --matmul-precision auto, which it prints."""
+    precision = exact_precision(args.device) if args.matmul_precision == "auto" else args.matmul_precision
+    threads = args.torch_threads
+    if threads == "auto":
+        counts = [2**i for i in range(int(math.log2(os.cpu_count() or 1)) + 1)]
+        threads = max(counts, key=lambda count: products_per_second(count, args.batch_size, max(args.hidden_sizes)))
+    settled = replace(args, torch_threads=threads, matmul_precision=precision)
+    if settled != args:
+        print(f"auto: --torch-threads {threads} --matmul-precision {precision}")
+    return settled
+
+
+def products_per_second(threads: int, batch_size: int, width: int) -> float:
+    """How often that many threads can take a layer's three products, forward and backward, in a second."""
+    before, inputs, weights = torch.get_num_threads(), torch.ones(batch_size, width), torch.ones(width, width)
+    torch.set_num_threads(threads)
+    count, start = -100, time.perf_counter()  # of which the first 100 are not timed
+    while count < 1 or time.perf_counter() < start + 0.3:
+        for product in (inputs @ weights, inputs @ weights.T, inputs.T @ inputs):
+            product.relu_()
+        count += 1
+        start = time.perf_counter() if count == 0 else start
+    torch.set_num_threads(before)
+    return count / (time.perf_counter() - start)
+
+
+def exact_precision(device: str) -> str:
+    """The --matmul-precision that multiplies float32 fastest on this processor, or GPU, without rounding.
+
+    On AMD's processors of family 26 (Zen 5) PyTorch's usual choice, MKL, uses half the width of the vector unit, and
+    oneDNN, which "medium" calls, all of it. That may round factors to bfloat16, so it is held against float64 first.
+    """
+    precision, before, about = "highest", torch.get_float32_matmul_precision(), os.getenv("PROCESSOR_IDENTIFIER", "")
+    with suppress(OSError):  # on Windows there is no such file, but the variable: AMD64 Family 26 …, AuthenticAMD
+        about = Path("/proc/cpuinfo").read_text()
+    family = re.search(r"family\s*:?\s*(\d+)", about, re.IGNORECASE)
+    on_cpu = device == "cpu" or device == "auto" and not torch.cuda.is_available()
+    if on_cpu and "AuthenticAMD" in about and family and int(family[1]) >= 26:
+        torch.set_float32_matmul_precision("medium")
+        factors = [torch.arange(256 * n).add(n).sin().view(256, n) for n in (32, 256)]
+        errors = [(x.T @ x - (x.T.double() @ x.double())).abs().max() for x in factors]
+        precision = "medium" if max(errors) < 1e-3 else "highest"  # rounded factors make it 1e-2 or more
+        torch.set_float32_matmul_precision(before)
+    return precision
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ from run import KEY, RESULTS, ROOT, Cell, cells_of, present_code, read_runs, sb3
 from sb3 import MODELS, parse_args
 from steps_to_solve import ENV_ID, EPISODES, EVERY, SIDES, SOLVED
 from suites import EXPERTS, SUITES, VARIANTS
-from throughput import CUDA_WORKS, LEANRL, MEDIUM, MODEL_BASED_SETTINGS, PEERS, WORKS, code_of, summary
+from throughput import CUDA_WORKS, LEANRL, MODEL_BASED_SETTINGS, WORKS, code_of, summary
 
 LABELS = {"ours": "ours", "sb3": "Stable-Baselines3"}
 IMITATORS = {
@@ -232,26 +232,19 @@ other flags.
 
 {tables}
 
-- **over the best peer**: the faster setting over the fastest of SB3, CleanRL and SBX (JAX), which were measured beside
-  SB3 in another run ([throughput.py](throughput.py), `PEERS`: constants, they cannot be measured again from here); its
-  ratio to SB3 is taken from there. CleanRL's DDPG updates its policy with every second step only, unless told
-  otherwise: a quarter less arithmetic than here and in SB3. {peers_sb3}A ratio does not carry over to the last tenth.
+- **over the best peer**: the faster setting over the fastest of SB3, CleanRL and SBX (JAX) in the same round, median;
+  below 1 that one wins. "half" is CleanRL's DDPG as it comes, which updates its policy with every second step only: a
+  quarter less arithmetic than everybody else's, so it is not ranked. SBX takes all cores for every work; the
+  differences between the peers' work and ours are named in [peers.py](peers.py). — was not measured.
+- **over SB3 medium**: the faster setting over SB3 after `torch.set_float32_matmul_precision("medium")`, the call that
+  `--matmul-precision auto` makes here on processors where it is faster and rounds nothing (AMD, family 26); SB3 leaves
+  it to its user.
 - **environment alone**, **products**, **above the floor**: what the faster setting's time goes into. The environments'
   part is what they take alone with random actions, the products' what training's matrix products take at the rate that
-  the machine reaches for 256 × 256{rate}.
+  the machine reaches for 256 × 256.
   What is above is element-wise arithmetic, smaller products' lower rate, memory, and what PyTorch and Python take to
   call it all; and where updates come between their steps the environments are slower than alone.
 - **of the floor**: the first two over the whole; 100% would be these two, one after the other, and nothing else.
-"""
-
-MEDIUM_THROUGHPUT = """
-With `--matmul-precision medium`, against SB3 as it comes and, in the last columns, against SB3 after the same call,
-`torch.set_float32_matmul_precision("medium")`, which SB3 leaves to its user. It lets PyTorch round the factors of
-float32 products to bfloat16 where the CPU multiplies those faster (Intel's AMX), and has it take oneDNN's products
-instead of MKL's. On the AMD processors here they are not rounded (with `ONEDNN_VERBOSE=1` their kernel is
-`brg_matmul:avx512_core`), and whether they are faster depends on the processor. The peers were measured as they come.
-
-{tables}
 """
 
 TRIED = """
@@ -592,10 +585,18 @@ def ratio(row: pd.Series) -> str:
     return f"{number(row['median'], 2)} [{number(row['min'], 2)}, {number(row['max'], 2)}]"
 
 
-def over_best_peer(work: str, over_sb3: float) -> str:
-    """Its ratio to SB3 as one to the fastest of the peers, with that one's name."""
-    name, peer, sb3 = PEERS.get(work, ("", np.nan, 1))
-    return f"{over_sb3 * sb3 / peer:.2f} ({name})" if name else "—"
+PEER_NAMES = {"sb3": "SB3", "cleanrl": "CleanRL", "sbx": "SBX"}
+
+
+def peer_columns(settings: pd.DataFrame, best: pd.Series) -> dict[str, str]:
+    """Of a work in `summary`: what the peers do in a second, and the best setting's ratio to the fastest of them."""
+    speeds = {name: settings["steps/s"].get(setting, np.nan) for setting, name in PEER_NAMES.items()}
+    cells = {f"{name}, steps/s": number(x, 0) if x > 0 else "—" for name, x in speeds.items()}
+    if (half := settings["steps/s"].get("cleanrl half", np.nan)) > 0:
+        cells["CleanRL, steps/s"] += f"; half {number(half, 0)}"
+    fastest = max(speeds, key=lambda name: speeds[name] if speeds[name] > 0 else 0)
+    over = f"{number(best['over peer'], 2)} ({fastest})" if best["over peer"] > 0 else "—"
+    return cells | {"over the best peer": over}
 
 
 def throughput_table(measurements: pd.DataFrame) -> str:
@@ -605,44 +606,25 @@ def throughput_table(measurements: pd.DataFrame) -> str:
         settings = table.loc[work]
         ours = {name: settings.loc[name] for name in OUR_SETTINGS if name in settings.index}
         best = max(ours.values(), key=lambda row: row["median"])
+        peer = peer_columns(settings, best)
+        medium = f"{number(best['over medium'], 2)}" if best["over medium"] > 0 else "—"
         parts = {"of floor": "of the floor", "environment": "environment alone", "products": "products"}
         rows.append(
             {
                 "work": work,
                 "rounds": int(best["rounds"]),
-                "SB3, steps/s": number(settings["steps/s"].get("sb3", np.nan), 0),
+                **{name: peer.pop(name) for name in [*peer][:-1]},
                 **{
                     f"{x} over SB3": ratio(row) + speed_dagger(measurements, work, (x, "sb3"))
                     for x, row in ours.items()
                 },
-                "over the best peer": over_best_peer(work, best["median"]),
+                **peer,
+                "over SB3 medium": medium,
                 **{title: f"{best[part]:.0%}" if best[part] > 0 else "—" for part, title in parts.items()},
                 "above the floor": f"{1 - best['of floor']:.0%}" if best["of floor"] > 0 else "—",
             }
         )
     return markdown(rows)
-
-
-def medium_table(measurements: pd.DataFrame) -> str:
-    """A row for every work that was measured with --matmul-precision medium, "" where there is none."""
-    rows, table = [], summary(measurements)
-    medium = measurements[measurements["setting"].isin(MEDIUM)]
-    both = summary(medium.assign(setting=medium["setting"].str.removesuffix(" medium")))
-    for work in both.index.unique("work"):
-        ours, sb3 = table.loc[work].loc[list(MEDIUM[:-1])], table.loc[(work, MEDIUM[-1])]
-        best = ours.loc[ours["median"].idxmax()]
-        rows.append(
-            {
-                "work": work + speed_dagger(measurements, work, (*MEDIUM, "sb3")),
-                "rounds": int(best["rounds"]),
-                **{f"{x} over SB3": ratio(ours.loc[f"{x} medium"]) for x in OUR_SETTINGS},
-                "over the best peer": over_best_peer(work, best["median"]),
-                "of the floor": f"{best['of floor']:.0%}",
-                "SB3 with it over SB3": ratio(sb3),
-                **{f"{x} over SB3 with it": ratio(both.loc[(work, x)]) for x in OUR_SETTINGS},
-            }
-        )
-    return markdown(rows) if rows else ""
 
 
 def model_based_table(measurements: pd.DataFrame) -> str:
@@ -677,27 +659,10 @@ def tables_by_machine(measurements: pd.DataFrame, table: Callable[[pd.DataFrame]
     return "\n\n".join(f"{name}:\n\n{x}" for name, x in tables.items() if x)
 
 
-def peers_machine(measurements: pd.DataFrame) -> str:
-    """SB3's speed where the peers were measured; "" where nothing of theirs is measured here."""
-    there = []
-    for rows in by_machine(measurements).values():
-        speeds = summary(rows)["steps/s"].unstack("setting").get("sb3", pd.Series())
-        there += [sb3 / speeds[work] for work, (_, _, sb3) in PEERS.items() if speeds.get(work, np.nan) > 0]
-    if not there:
-        return ""
-    return f"SB3 ran there at {number(min(there), 1)} to {number(max(there), 1)} times the speed it has here. "
-
-
 def throughput_section(measurements: pd.DataFrame) -> str:
     """The tables of what has been measured."""
     model_based = measurements["work"].map(lambda x: x in WORKS and WORKS[x].settings == MODEL_BASED_SETTINGS)
-    medium = tables_by_machine(measurements, medium_table)
-    section = THROUGHPUT.format(
-        tables=tables_by_machine(measurements[~model_based], throughput_table),
-        peers_sb3=peers_machine(measurements),
-        rate=" (DDPG, TD3, SAC: with `--matmul-precision medium`)" if medium else "",
-    )
-    section += MEDIUM_THROUGHPUT.format(tables=medium) if medium else ""
+    section = THROUGHPUT.format(tables=tables_by_machine(measurements[~model_based], throughput_table))
     for work, rows in newest(measurements[model_based]).groupby("work"):
         speed = rows.pivot(index="round", columns="setting", values="steps_per_second")
         section += MODEL_BASED_THROUGHPUT.format(

@@ -37,7 +37,7 @@ import tyro
 from filelock import FileLock, Timeout
 from launchers import Local, LocalJob, Ray, RayJob
 from sb3 import MODELS, maker_of
-from suites import FLAGS, SUITES, VARIANTS, Variant
+from suites import FLAGS, SCRIPT_FLAGS, SUITES, VARIANTS, Variant
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,8 +115,8 @@ class Cell:
     @property
     def flags(self) -> str:
         """What it is run with beside environment, seed and steps."""
-        own = FLAGS.get((self.algo, self.env_id, self.total_timesteps), "")
-        return f"{own} {variant_of(self.algo).flags}".strip()
+        own, variant = FLAGS.get((self.algo, self.env_id, self.total_timesteps), ""), variant_of(self.algo)
+        return " ".join(filter(None, [own, SCRIPT_FLAGS.get(variant.script), variant.flags]))
 
     @property
     def script(self) -> str:

@@ -300,7 +300,10 @@ def refuse_unless(args, **values) -> None:
 
 def parse_args(algo: str, argv: list[str]):
     """algos/{algo}.py's flags; the off-policy scripts, which normalise nothing, say so in the others' words."""
-    args = __import__(algo).parse_args(argv)
+    script = __import__(algo)
+    args = script.parse_args(argv)
+    if hasattr(args, "matmul_precision"):
+        args = script.settle(args)
     for name in ("resume", "capture_video"):
         if getattr(args, name):
             sys.exit(f"sb3.py: --{name.replace('_', '-')} is for algos/{algo}.py alone; leave it out")

@@ -65,6 +65,9 @@ FLAGS = {
 }
 """What (script, environment, steps) are run with beside the seed."""
 
+SCRIPT_FLAGS = dict.fromkeys(("ddpg", "td3", "sac", "mbpo"), "--matmul-precision highest")
+"""What all runs of a script have: rows were recorded so, and `auto` may choose otherwise on another processor."""
+
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "Pendulum-v1"]
 
 SUITES: dict[str, list[Entry]] = {

@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py                        # every work, 5 rounds
     python benchmarks/throughput.py --only CartPole --rounds 3
+    python benchmarks/throughput.py --peers --cleanrl ../cleanrl   # with SBX (pip install sbx-rl) and CleanRL
     python benchmarks/throughput.py --device cuda          # on a GPU, beside what LeanRL publishes
 
 The settings alternate within a round, so that what else the machine does falls on all of them, and a ratio is
@@ -10,10 +11,11 @@ many as the work's flags ask for: it trains for the work's steps and takes the t
 iterations, the first of them after warm-up and compilation. With --device cuda the networks, here and in SB3, are on
 the GPU, and the environments on the CPU. Beside these, for the CPU, what any implementation has to do: the
 steps per second of the environments alone, with random actions, and of training's matrix products alone at the rate
-that this machine reaches for 256 × 256; one after the other they are the floor. DDPG, TD3 and SAC, with their large
-products, are measured there with --matmul-precision medium too, and so is SB3, with the same call; the floor is then
-at the rate that this gives. MBPO, which SB3 does not have, is held against sac.py with the same flags: as it is, and
-without the time that its model takes, which leaves the updates.
+that this machine reaches for 256 × 256; one after the other they are the floor. DDPG, TD3 and SAC choose how products
+are taken (--matmul-precision auto), and the floor is at that rate; SB3 is measured as it comes and, "sb3 medium", after
+the call torch.set_float32_matmul_precision("medium"). MBPO, which SB3 does not have, is held against sac.py with the
+same flags: as it is, and without the time that its model takes, which leaves the updates. With --peers SBX and
+CleanRL's scripts are measured in the same rounds (see peers.py), as they come, SBX on all cores.
 Writes benchmarks/results/throughput.csv, or throughput_cuda.csv, after every round of a work, and prints the ratios.
 Rounds that are there, of this machine with today's code and flags, are not measured again: after a kill it goes on,
 and more --rounds add to them. Other machines' stay.
@@ -37,6 +39,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
+import peers
 import sb3
 import torch
 import tyro
@@ -48,8 +51,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 SETTINGS = ("eager", "compile", "sb3", "environment", "products")
-MEDIUM = tuple(f"{setting} medium" for setting in ("eager", "compile", "sb3"))
-"""With --matmul-precision medium."""
+PEERS = ("sbx", "cleanrl", "cleanrl half")
+MEDIUM = "sb3 medium"
+"""SB3 after the call that --matmul-precision medium makes."""
 COLUMNS = ("work", "setting", "round", "steps_per_second", "date", "code_sha256", "flags", "machine")
 MODEL_BASED_SETTINGS = ("eager", "updates", "sac")
 
@@ -110,7 +114,7 @@ WORKS = {
             " --torch-threads 2",
             warmup_steps=2_000,
             steps=3_000,
-            settings=SETTINGS + MEDIUM,
+            settings=(*SETTINGS, MEDIUM),
         )
         for algo in ("ddpg", "td3", "sac")
     },
@@ -151,19 +155,6 @@ LEANRL = {"ppo HalfCheetah": 1774, "ppo_atari Pong": 6809, "td3 HalfCheetah": 93
 """Steps per second that LeanRL publishes for its compiled scripts with CUDA graphs on an H100, on HalfCheetah-v4 and
 Breakout; its other figures are of works that are not here."""
 
-PEERS = {
-    "ppo CartPole": ("SBX", 4610, 4270),
-    "ppo HalfCheetah": ("SBX", 1150, 1100),
-    "a2c CartPole": ("SB3", 7080, 7080),
-    "trpo HalfCheetah": ("SB3", 1470, 1470),
-    "dqn CartPole": ("CleanRL", 680, 560),
-    "ddpg HalfCheetah": ("CleanRL", 221, 147),
-    "td3 HalfCheetah": ("SBX", 166, 131),
-    "sac HalfCheetah": ("SBX", 125, 86),
-}
-"""The fastest of SB3, CleanRL and SBX (JAX) at a work; its and SB3's steps per second, measured together on 2 CPU cores
-in November 2026 with the work's settings. CleanRL and SBX are not installed here, and not measured again."""
-
 
 @dataclass
 class Args:
@@ -173,6 +164,10 @@ class Args:
     """only works with this in their name"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the networks are"""
+    peers: bool = False
+    """measure SBX, too, and CleanRL if --cleanrl names it"""
+    cleanrl: Path | None = None
+    """a checkout of github.com/vwxyzjn/cleanrl"""
     results: Path = RESULTS
     """folder of throughput.csv"""
 
@@ -308,33 +303,40 @@ def matrix_flops_per_second(threads: int) -> float:
 def arguments(work: Work, setting: str, folder: str):
     """The script's Args, with run directories in `folder`."""
     switches = ["--compile"] if setting.startswith("compile") else []
-    switches += ["--matmul-precision", "medium"] if setting in MEDIUM else []
+    if setting.startswith("sb3") and work.algo in ("ddpg", "td3", "sac") and "--matmul" not in work.flags:
+        switches += ["--matmul-precision", "medium" if setting == MEDIUM else "highest"]
     argv = f"{work.flags} --total-timesteps {work.warmup_steps + work.steps} --eval-episodes 1".split()
     argv += ["--device", work.device, "--output-dir", folder, *switches]
     return parse_args(code_of(work, setting)[1], argv)
 
 
-def measure(work: Work, setting: str) -> float:
+def measure(work: Work, setting: str, cleanrl: Path | None = None) -> float:
     """Environment steps per second of one training, or of a part of its floor, in this process."""
     with tempfile.TemporaryDirectory() as folder:
         algo, args = code_of(work, setting)[1], arguments(work, setting, folder)
         if setting == "environment":
             return environment_steps_per_second(algo, args)
         if setting == "products":
-            torch.set_float32_matmul_precision("medium" if set(MEDIUM) & set(work.settings) else "highest")
+            torch.set_float32_matmul_precision(getattr(args, "matmul_precision", "highest"))
             return matrix_flops_per_second(args.torch_threads) / flops_per_step(algo, args)
         if work.settings == MODEL_BASED_SETTINGS:
             script = importlib.import_module(algo)
             context = clock_without_model(script) if setting == "updates" else contextlib.nullcontext(perf_counter)
             with context as clock, patch.object(script, "LOG_EVERY", work.steps, create=True):
                 return per_second(boundaries_ours(algo, args, clock), work.warmup_steps)
-        boundaries = (boundaries_sb3 if code_of(work, setting)[0] == "sb3" else boundaries_ours)(algo, args)
+        if setting == "sbx":
+            with patch.object(sb3, peers.SBX[algo], peers.sbx_class(peers.SBX[algo])):
+                boundaries = boundaries_sb3(algo, args)
+        elif setting in PEERS:
+            boundaries = peers.boundaries_cleanrl(peers.CLEANRL[algo, args.env_id, setting], args, cleanrl)
+        else:
+            boundaries = (boundaries_sb3 if code_of(work, setting)[0] == "sb3" else boundaries_ours)(algo, args)
     return per_second(boundaries, work.warmup_steps)
 
 
 def code_of(work: Work, setting: str) -> tuple[str, str]:
     """Implementation and algorithm that are measured."""
-    return "sb3" if setting.startswith("sb3") else "ours", "sac" if setting == "sac" else work.algo
+    return "sb3" if setting in ("sb3", MEDIUM) else "ours", "sac" if setting == "sac" else work.algo
 
 
 def works_on(device: str) -> dict[str, Work]:
@@ -342,10 +344,10 @@ def works_on(device: str) -> dict[str, Work]:
     return CUDA_WORKS if device == "cuda" else WORKS
 
 
-def measure_in_process(device: str, name: str, setting: str) -> float:
+def measure_in_process(device: str, name: str, setting: str, cleanrl: Path | None = None) -> float:
     """`measure` in a fresh process of this script."""
     process = subprocess.run(
-        [sys.executable, __file__, "--worker", device, name, setting],
+        [sys.executable, __file__, "--worker", device, name, setting, *([str(cleanrl.resolve())] if cleanrl else [])],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -371,27 +373,40 @@ def machine(device: str = "cpu") -> str:
     return f"{gpu}{name}, {cores} cores"
 
 
+PARTS = ("of floor", "environment", "products")
+
+
 def summary(measurements: pd.DataFrame) -> pd.DataFrame:
-    """Per work and setting: median steps/s, its ratio to SB3 (or sac.py), and the parts that environment, products and
-    both of them, the floor, have in its time, all within a round."""
+    """Per work and setting: median steps/s, its ratio to SB3 (or sac.py), the fastest peer and SB3 medium, and the
+    parts that both of environment and products, the floor, and each of them have in its time, all within a round."""
     speeds = measurements.pivot_table(index=["work", "round"], columns="setting", values="steps_per_second", sort=False)
-    speeds = speeds.reindex(columns=dict.fromkeys(SETTINGS + MEDIUM + MODEL_BASED_SETTINGS))  # some were not measured
+    settings = dict.fromkeys((*SETTINGS, MEDIUM, *MODEL_BASED_SETTINGS, *PEERS))
+    speeds = speeds.reindex(columns=settings)  # some were not measured
     floor = 1 / (1 / speeds["environment"] + 1 / speeds["products"])
-    ratios = {"over": speeds["sb3"].fillna(speeds["sac"]), "of floor": floor}
-    ratios |= {name: speeds[name] for name in ("environment", "products")}
+    peer = speeds[["sb3", *PEERS[:-1]]].max(axis=1).where(speeds[[*PEERS]].notna().any(axis=1))
+    ratios = {"over": speeds["sb3"].fillna(speeds["sac"]), "over peer": peer, "over medium": speeds[MEDIUM]}
+    ratios["of floor"] = floor
+    ratios |= {name: speeds[name] for name in PARTS[1:]}
     ratios = {name: speeds.div(other, axis=0) for name, other in ratios.items()} | {"steps/s": speeds}
     groups = {name: x.stack(future_stack=True).groupby(["work", "setting"], sort=False) for name, x in ratios.items()}
     columns = {"rounds": groups["steps/s"].count(), "steps/s": groups["steps/s"].median()}
     columns |= {name: groups["over"].agg(name) for name in ("min", "median", "max")}
-    columns |= {name: groups[name].median() for name in ("of floor", "environment", "products")}
+    columns |= {name: groups[name].median() for name in ("over peer", "over medium", *PARTS)}
     table = pd.DataFrame(columns)
     return table[table["rounds"] > 0]
 
 
+def evidence_of(work: Work, args: Args) -> dict[str, tuple[str, str]]:
+    """By setting that is measured, a hash of its code and its flags."""
+    code = {x: source_sha256(*code_of(work, x)) for x in work.settings}
+    code |= peers.settings_of(work.algo, work.flags, args.cleanrl) if args.peers and args.device == "cpu" else {}
+    return {setting: (sha256, work.flags) for setting, sha256 in code.items()}
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:  # measure_in_process
-        device, name, setting = sys.argv[2:]
-        print(measure(works_on(device)[name], setting))
+        device, name, setting, *cleanrl = sys.argv[2:]
+        print(measure(works_on(device)[name], setting, *map(Path, cleanrl)))
         return
     args = tyro.cli(Args, description=__doc__)
     works = works_on(args.device)
@@ -402,18 +417,21 @@ def main() -> None:
         sys.exit(f"--device cuda: PyTorch {torch.__version__} finds none here")
     if args.rounds < 1:
         sys.exit(f"--rounds {args.rounds}: must be at least 1")
+    if args.cleanrl and not (args.cleanrl / "cleanrl" / "ppo.py").exists():
+        sys.exit(f"--cleanrl {args.cleanrl}: no checkout of github.com/vwxyzjn/cleanrl")
     path = args.results / ("throughput_cuda.csv" if args.device == "cuda" else "throughput.csv")
     args.results.mkdir(parents=True, exist_ok=True)
     columns = pd.DataFrame(columns=COLUMNS)
     measurements = pd.read_csv(path, keep_default_na=False) if path.exists() else columns
     today, here = datetime.now(UTC).date().isoformat(), machine(args.device)
-    bar = tqdm(total=args.rounds * sum(len(works[name].settings) for name in names), unit="run")
+    evidence = {name: evidence_of(works[name], args) for name in names}
+    bar = tqdm(total=args.rounds * sum(map(len, evidence.values())), unit="run")
     for number in range(1, args.rounds + 1):
         for name in names:
-            now = {x: (source_sha256(*code_of(works[name], x)), works[name].flags) for x in works[name].settings}
+            now = evidence[name]
             own = measurements[(measurements["work"] == name) & (measurements["machine"] == here)]
             rounds = {i: dict(zip(x["setting"], zip(x["code_sha256"], x["flags"]))) for i, x in own.groupby("round")}
-            if any(evidence != now for evidence in rounds.values()):
+            if any({x: there.get(x) for x in now} != now for there in rounds.values()):
                 measurements, rounds = measurements.drop(own.index), {}
             if number in rounds:
                 bar.update(len(now))
@@ -421,7 +439,7 @@ def main() -> None:
             rows = []
             for setting in now:
                 bar.set_description(f"{name}, {setting}")
-                speed = round(measure_in_process(args.device, name, setting), 1)
+                speed = round(measure_in_process(args.device, name, setting, args.cleanrl), 1)
                 rows.append((name, setting, number, speed, today, *now[setting], here))
                 bar.update()
             tables = (measurements, pd.DataFrame(rows, columns=COLUMNS))  # the newest rows come last

@@ -1,5 +1,9 @@
 """What train() of the off-policy scripts does: what it stores, when it updates, how it explores, that it learns."""
 
+import importlib
+import json
+import time
+
 import ddpg
 import dqn
 import gymnasium as gym
@@ -363,3 +367,70 @@ def test_q_values_of_discrete_and_uint8_observations():
     pixels = dqn.QNetwork(Box(0, 255, (3,), np.uint8), Discrete(3), (8,))
     obs = torch.tensor([[0, 1, 255]], dtype=torch.uint8)
     torch.testing.assert_close(pixels.q_values(obs), pixels.network(obs.float()))
+
+
+@pytest.mark.parametrize("algo", ["ddpg", "td3", "sac", "mbpo"])
+@pytest.mark.parametrize(
+    "about, exact, device, chosen",
+    [
+        ("vendor_id : AuthenticAMD\ncpu family : 26\n", True, "auto", "medium"),
+        ("vendor_id : AuthenticAMD\ncpu family : 26\n", False, "cpu", "highest"),
+        ("vendor_id : AuthenticAMD\ncpu family : 26\n", True, "cuda", "highest"),
+        ("vendor_id : AuthenticAMD\ncpu family : 25\n", True, "cpu", "highest"),
+        ("vendor_id : GenuineIntel\ncpu family : 26\n", True, "cpu", "highest"),
+        ("AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD", True, "cpu", "medium"),  # as Windows has it
+        ("", True, "cpu", "highest"),
+    ],
+)
+def test_products_are_taken_by_what_is_faster_and_exact(monkeypatch, capsys, algo, about, exact, device, chosen):
+    """Float32 products here are exact, or of rounded factors; the processor is the one that `about` describes."""
+    script, product = importlib.import_module(algo), torch.Tensor.__matmul__
+
+    def product_there(x, y):
+        if x.dtype == torch.float32:
+            x, y = (a.double() if exact else a.bfloat16().double() for a in (x, y))
+        return product(x, y)
+
+    def read_text(path):
+        if "Family" in about or not about:
+            raise FileNotFoundError(path)
+        return about
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product_there)
+    monkeypatch.setattr(script.Path, "read_text", read_text)
+    monkeypatch.setenv("PROCESSOR_IDENTIFIER", about)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = torch.get_float32_matmul_precision()
+    assert script.settle(script.Args(device=device)) == script.Args(device=device, matmul_precision=chosen)
+    assert torch.get_float32_matmul_precision() == before
+    assert capsys.readouterr().out == f"auto: --torch-threads 1 --matmul-precision {chosen}\n"
+    asked = script.Args(matmul_precision="high")
+    assert script.settle(asked) == asked and not capsys.readouterr().out
+
+
+@each_continuous
+def test_the_number_of_threads_is_that_which_is_fastest(monkeypatch, algo):
+    """Of 1, 2, 4 of six cores; here the sleep before a product depends on it. Afterwards it is as it was."""
+    product, speeds = torch.Tensor.__matmul__, {1: 3, 2: 1, 4: 2}
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *x: time.sleep(speeds[seen[-1]] / 1e3) or product(*x))
+    monkeypatch.setattr(algo.os, "cpu_count", lambda: 6)
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    args = algo.settle(algo.Args(torch_threads="auto", matmul_precision="highest"))
+    assert args.torch_threads == 2 and {*seen} == {1, 2, 4, before}
+
+
+@each_continuous
+def test_what_auto_stands_for_is_kept(monkeypatch, algo, capsys):
+    """In args.json and for --resume, which goes on with it wherever it is."""
+    monkeypatch.setattr(algo, "products_per_second", lambda threads, *_: -threads)
+    monkeypatch.setattr(algo, "exact_precision", lambda device: "high")
+    flags = f"--env-id {environment(algo, 'Bandit')} --total-timesteps 60 --learning-starts 50 --eval-episodes 1"
+    run_dir = train(algo, f"{flags} --hidden-sizes 8 --torch-threads auto")["run_dir"]
+    kept = json.loads((run_dir / "args.json").read_text())["args"]
+    assert (kept["torch_threads"], kept["matmul_precision"]) == (1, "high")
+    assert "auto: --torch-threads 1 --matmul-precision high\n" in capsys.readouterr().out
+    monkeypatch.setattr(algo, "exact_precision", lambda device: "medium")
+    train(algo, f"--resume {run_dir} --total-timesteps 70")
+    assert json.loads((run_dir / "args.json").read_text())["args"]["matmul_precision"] == "high"
+    assert "auto:" not in capsys.readouterr().out

@@ -6,8 +6,10 @@ import time
 from types import SimpleNamespace
 
 import pandas as pd
+import peers
 import pytest
 import report
+import sb3
 import throughput
 import torch
 
@@ -24,54 +26,41 @@ def test_ratios_are_taken_within_a_round():
     rows = [("a", setting, i, x) for setting, pair in speeds.items() for i, x in enumerate(pair)]
     rows += [("b", "eager", 0, 9), ("b", "sb3", 0, 3)]
     table = throughput.summary(pd.DataFrame(rows, columns=["work", "setting", "round", "steps_per_second"]))
-    eager = table.loc[("a", "eager")]
+    eager = table.loc[("a", "eager")].drop(["over peer", "over medium"])
     assert list(eager) == pytest.approx([2, 25, 1.5, 1.75, 2, (0.5 + 0.4) / 2, (0.25 + 0.2) / 2, (0.25 + 0.2) / 2])
+    assert table[["over peer", "over medium"]].isna().all(axis=None)  # nothing of theirs was measured
     assert table.loc[("b", "eager"), "median"] == 3 and pd.isna(table.loc[("b", "eager"), "of floor"])
     assert ("a", "compile") not in table.index and ("b", "products") not in table.index
 
 
-def test_the_page_says_what_bounds_the_faster_setting(monkeypatch):
-    """3 times SB3 compiled, 2 eager; a peer at 1.5 times SB3; of 1/30 s a fifth is environment, a tenth products."""
+def test_the_page_says_what_bounds_the_faster_setting():
+    """3 times SB3 compiled, 2 eager; of 1/30 s a fifth is environment, a tenth products."""
     work = "dqn CartPole"
-    monkeypatch.setitem(report.PEERS, work, ("Peer", 30, 20))
-    speeds = {"eager": 20.0, "compile": 30.0, "sb3": 10.0, "environment": 150.0, "products": 300.0}
-    rows = pd.DataFrame([(work, name, 1, x, "", "") for name, x in speeds.items()])
-    rows.columns = ["work", "setting", "round", "steps_per_second", "code_sha256", "flags"]
+    rows = measured(work, {"eager": 20.0, "compile": 30.0, "sb3": 10.0, "environment": 150.0, "products": 300.0})
     table = report.throughput_table(rows)
     both = "2.00 [2.00, 2.00] † | 3.00 [3.00, 3.00] †"
-    assert f"| {work} | 1 | 10 | {both} | 2.00 (Peer) | 30% | 20% | 10% | 70% |" in table
-    now = {x: report.source_sha256(*throughput.code_of(throughput.WORKS[work], x)) for x in speeds}
+    assert f"| {work} | 1 | 10 | — | — | {both} | — | — | 30% | 20% | 10% | 70% |" in table
+    now = {x: report.source_sha256(*throughput.code_of(throughput.WORKS[work], x)) for x in rows["setting"]}
     fresh = rows.assign(code_sha256=rows["setting"].map(now), flags=throughput.WORKS[work].flags)
     assert "†" not in report.throughput_table(fresh)
     fresh.loc[fresh["setting"] == "sb3", "code_sha256"] = "older"
     assert both in report.throughput_table(fresh)
     bare = report.throughput_table(rows[rows["setting"].isin(["eager", "sb3"])].assign(work="other"))
-    assert "| other | 1 | 10 | 2.00 [2.00, 2.00] † | — | — | — | — | — |" in bare
+    assert "| other | 1 | 10 | — | — | 2.00 [2.00, 2.00] † | — | — | — | — | — | — |" in bare
 
 
-def test_medium_precision_is_held_against_both_of_sb3s(monkeypatch):
-    """Eager goes from 2 to 3 times SB3, compiled to 4; SB3 itself doubles. 1/40 s is environment by a fifth."""
-    work = "td3 HalfCheetah"
-    monkeypatch.setitem(report.PEERS, work, ("Peer", 30, 20))
-    speeds = {"eager": 20.0, "compile": 25.0, "sb3": 10.0, "environment": 200.0, "products": 400.0}
-    assert report.medium_table(rows := measured(work, speeds)) == ""
-    assert "with it" not in report.throughput_section(rows) and "precision medium" not in report.throughput_section(
-        rows
-    )
-    rows = measured(work, speeds | {"eager medium": 30.0, "compile medium": 40.0, "sb3 medium": 20.0})
-    values = ["3.00 [3.00, 3.00]", "4.00 [4.00, 4.00]", "2.67 (Peer)", "30%", "2.00 [2.00, 2.00]"]
-    values += ["1.50 [1.50, 1.50]", "2.00 [2.00, 2.00]"]
-    table = report.medium_table(rows)
-    assert table.endswith(f"| {work} † | 1 | {' | '.join(values)} |")
-    assert table in report.throughput_section(rows) and "SAC: with `--matmul" in report.throughput_section(rows)
-    codes = {x: report.source_sha256(*throughput.code_of(throughput.WORKS[work], x)) for x in rows["setting"]}
-    assert codes["sb3 medium"] == codes["sb3"] != codes["eager"] == codes["eager medium"]
-    rows = rows.assign(code_sha256=rows["setting"].map(codes), flags=throughput.WORKS[work].flags)
-    assert "†" not in report.medium_table(rows)
-    for setting in ("sb3", "sb3 medium"):
-        older = rows.assign(code_sha256=rows["code_sha256"].where(rows["setting"] != setting, "older"))
-        assert "†" in report.medium_table(older)
-        assert ("†" in report.throughput_table(older)) == (setting == "sb3")
+def test_the_best_peer_is_that_of_the_round():
+    """Ours does 30 and 24 a second; SBX is the fastest in the first round, CleanRL in the second, SB3 in none."""
+    speeds = {"eager": (30, 24), "sb3": (10, 10), "sbx": (40, 20), "cleanrl": (20, 24), "cleanrl half": (60, 60)}
+    speeds["sb3 medium"] = (15, 16)
+    rows = [measured("ddpg HalfCheetah", {x: v[i] for x, v in speeds.items()}).assign(round=i) for i in range(2)]
+    table = throughput.summary(pd.concat(rows))
+    eager = table.loc[("ddpg HalfCheetah", "eager")]
+    assert eager["over peer"] == pytest.approx((30 / 40 + 24 / 24) / 2)  # "half" does less work
+    assert eager["over medium"] == pytest.approx((30 / 15 + 24 / 16) / 2)
+    page = report.throughput_table(pd.concat(rows))
+    cells = "10 | 22; half 60 | 30 | 2.70 [2.40, 3.00] † | 0.88 (SBX) | 1.75"
+    assert f"| ddpg HalfCheetah | 2 | {cells} |" in page
 
 
 @pytest.mark.usefixtures("highest_precision_afterwards")
@@ -82,15 +71,87 @@ def test_each_setting_is_measured_at_its_precision(monkeypatch):
         monkeypatch.setattr(throughput, name, lambda *_: 1.0)
     flags = "--env-id Pendulum-v1 --learning-starts 50 --hidden-sizes 8"
     settings = throughput.WORKS["td3 HalfCheetah"].settings
-    assert settings == (*throughput.SETTINGS, *throughput.MEDIUM)
+    assert settings == (*throughput.SETTINGS, throughput.MEDIUM)
     work = throughput.Work("td3", flags, warmup_steps=60, steps=40, settings=settings)
-    for setting in ("eager medium", "sb3", "sb3 medium", "eager", "products"):
+    for setting in ("sb3", "sb3 medium"):
         throughput.measure(work, setting)
-    throughput.measure(work._replace(settings=throughput.SETTINGS), "products")
-    ours = [["medium", "highest"], ["highest", "medium"]]  # a script puts back in the end what it found
-    assert seen == [*ours[0], "highest", "medium", *ours[1], "medium", "highest"]
-    for setting in ("eager", "compile", *throughput.MEDIUM):
+    assert seen == ["highest", "medium"]  # whatever the script chooses for itself
+    for precision in ("high", "highest"):
+        seen.clear()
+        asked = work._replace(flags=f"{flags} --matmul-precision {precision}")
+        for setting in ("eager", "sb3", "products"):
+            throughput.measure(asked, setting)
+        assert [x for x in seen if x == precision][:3] == [precision] * 3
+    for setting in ("eager", "compile", throughput.MEDIUM):
         assert throughput.arguments(work, setting, "").compile == setting.startswith("compile")
+
+
+CLEANRL = """
+import argparse, time
+import gymnasium as gym
+from torch.utils.tensorboard import SummaryWriter
+from cleanrl_utils import SPEED
+
+parser = argparse.ArgumentParser()
+for flag in ("--env-id", "--num-envs", "--num-steps", "--total-timesteps"):
+    parser.add_argument(flag)
+parser.add_argument("--no-cuda", action="store_true")
+args, writer = parser.parse_args(), SummaryWriter("runs")
+envs = gym.vector.SyncVectorEnv([lambda: gym.make(args.env_id, max_episode_steps=3)])
+envs.reset(seed=1)
+for step in range(1, 1 + int(args.total_timesteps)):
+    observations, _, _, truncated, infos = envs.step(envs.action_space.sample())
+    if truncated.any():
+        assert (infos["final_observation"][0] != observations[0]).any() and "final_info" not in infos
+    writer.add_scalar("losses/other", 1.0, step)
+    writer.add_scalar("charts/SPS", SPEED, step)
+"""
+
+
+def test_cleanrls_script_is_run_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "cleanrl").mkdir()
+    (tmp_path / "cleanrl" / "ppo.py").write_text(CLEANRL)
+    (tmp_path / "cleanrl_utils.py").write_text("SPEED = 7")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    args = SimpleNamespace(total_timesteps=12, torch_threads=1, output_dir=str(tmp_path / "out"))
+    flags = peers.CLEANRL["ppo", "CartPole-v1", "cleanrl"]
+    boundaries = peers.boundaries_cleanrl(flags, args, tmp_path)
+    assert [step for step, _ in boundaries] == [*range(1, 13)] and boundaries[0][1] < boundaries[-1][1]
+    assert (tmp_path / "out" / "runs").is_dir()
+    monkeypatch.setattr(peers.importlib.metadata, "version", lambda name: "1.0")
+    now = peers.settings_of("ppo", "--env-id CartPole-v1", tmp_path)
+    (tmp_path / "cleanrl" / "ppo.py").write_text(CLEANRL + "# changed")
+    changed = peers.settings_of("ppo", "--env-id CartPole-v1", tmp_path)
+    assert [*now] == ["sbx", "cleanrl"] and now["sbx"] == changed["sbx"] and now["cleanrl"] != changed["cleanrl"]
+
+
+def test_a_peer_that_is_not_there_is_refused(monkeypatch, tmp_path):
+    def version(name):
+        raise peers.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(peers.importlib.metadata, "version", version)
+    for flags, words in ((["--peers"], "pip install sbx-rl"), (["--cleanrl", str(tmp_path)], "no checkout of")):
+        monkeypatch.setattr("sys.argv", ["", "--only", "td3", *flags])
+        with pytest.raises(SystemExit, match=words):
+            throughput.main()
+
+
+@pytest.mark.parametrize("algo", peers.SBX)
+def test_sbx_is_made_with_sb3s_arguments(algo, monkeypatch):
+    """Every one that SB3's has, but for what SBX's signature, faked here, lacks."""
+    seen = {}
+
+    def fake(policy, env, **kwargs):
+        seen.update(kwargs)
+
+    monkeypatch.setitem(sys.modules, "sbx", SimpleNamespace(**{name: fake for name in peers.SBX.values()}))
+    work = next(work for work in throughput.WORKS.values() if work.algo == algo)
+    args = throughput.arguments(work, "sbx", "")
+    monkeypatch.setattr(sb3, peers.SBX[algo], peers.sbx_class(peers.SBX[algo]))
+    sb3.MODELS[algo](args, throughput.maker_of(algo)(args, 1))
+    assert seen["policy_kwargs"].keys() <= {"net_arch", "n_critics"} and "max_grad_norm" not in seen or algo == "ppo"
+    assert seen["policy_kwargs"]["net_arch"] == list(args.hidden_sizes) and seen["gamma"] == args.gamma
 
 
 def test_speed_is_measured_after_the_warm_up():
@@ -164,24 +225,20 @@ def test_mbpo_is_held_against_sac():
 
 
 def test_machines_have_tables_of_their_own():
-    """One is twice as fast as where the peers were measured, at a ratio of 2; the other, measured later, as fast."""
+    """The other one is measured later, and of both works the newest rows are those of one machine."""
     rows = [("ppo CartPole", 8540.0, "one"), ("a2c CartPole", 21240.0, "one"), ("a2c CartPole", 7080.0, "other")]
     rows = pd.DataFrame(rows, columns=["work", "steps_per_second", "machine"]).assign(round=1, code_sha256="", flags="")
     ours = rows.assign(setting="eager", steps_per_second=rows["steps_per_second"] * [2, 2, 3])
     measurements = pd.concat([rows.assign(setting="sb3"), ours])
     section = report.throughput_section(measurements)
-    assert "SB3 ran there at 0.3 to 1.0 times the speed it has here." in section
     one, other = section.split("\nother:\n")
-    assert "\none:\n" in one and "| ppo CartPole | 1 | 8540 | 2.00 [2.00, 2.00] † |" in one
-    assert "| a2c CartPole | 1 | 21240 | 2.00 [" in one and "| a2c CartPole | 1 | 7080 | 3.00 [" in other
+    assert "\none:\n" in one and "| ppo CartPole | 1 | 8540 | — | — | 2.00 [2.00, 2.00] † |" in one
+    assert (
+        "| a2c CartPole | 1 | 21240 | — | — | 2.00 [" in one and "| a2c CartPole | 1 | 7080 | — | — | 3.00 [" in other
+    )
     assert "ppo CartPole" not in other
     newest = report.newest(measurements)
     assert [*zip(newest["work"], newest["machine"])] == [("ppo CartPole", "one"), ("a2c CartPole", "other")] * 2
-    medium = [(x, y, 10.0, "one") for x in ("td3 HalfCheetah",) for y in (*throughput.MEDIUM, "eager", "sb3")]
-    medium = pd.DataFrame(medium, columns=["work", "setting", "steps_per_second", "machine"])
-    medium = medium.assign(round=1, code_sha256="", flags="")
-    section = report.throughput_section(pd.concat([measurements, medium]))
-    assert "other:" not in section.split("With `--matmul-precision medium`")[1]
 
 
 def test_mbpos_settings_are_measured(monkeypatch):
@@ -201,7 +258,7 @@ def test_measuring_goes_on_where_it_stopped(monkeypatch, tmp_path):
     """Rounds that are there are not measured again, and neither another work's nor another machine's are touched."""
     calls, limit, flags = [], 7, throughput.WORKS["ppo CartPole"].flags
 
-    def measure(device, name, setting):
+    def measure(device, name, setting, cleanrl):
         calls.append(setting)
         return 10.0 * len(calls) if len(calls) < limit else sys.exit("ppo CartPole, eager: no more")
 
@@ -239,6 +296,13 @@ def test_measuring_goes_on_where_it_stopped(monkeypatch, tmp_path):
     rounds("1")
     rounds("1")  # no flags are read back as none
     assert len(calls) == 17 + 2 * 15 + 5
+    monkeypatch.setattr(peers, "settings_of", lambda *_: {"sbx": "hash"})
+    monkeypatch.setattr(
+        "sys.argv", ["", "--only", "ppo CartPole", "--rounds", "1", "--results", str(tmp_path), "--peers"]
+    )
+    throughput.main()
+    assert calls[-6:] == [*settings, "sbx"]  # a round is measured as a whole
+    assert len(rounds("1")) == 8 and len(calls) == 17 + 2 * 15 + 5 + 6  # and stays, where the peer is not asked for
 
 
 def test_a_machine_is_named_with_its_generation(monkeypatch):
