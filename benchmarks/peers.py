@@ -61,6 +61,11 @@ class VectorEnv(gym.vector.SyncVectorEnv):
         return *transition, {"final_observation": infos["final_obs"]} if "final_obs" in infos else {}
 
 
+def transform_observation(env: gym.Env, function: Callable, space=None, wrapper=gym.wrappers.TransformObservation):
+    """As before gymnasium 1.0, where the space did not have to be given."""
+    return wrapper(env, function, space)
+
+
 def boundaries_cleanrl(flags: str, args, checkout: Path) -> list[tuple[int, float]]:
     """Trains; (environment steps, seconds) wherever the script logs its speed. `args` is the script's here."""
     boundaries, (script, *flags) = [], flags.split()
@@ -77,6 +82,7 @@ def boundaries_cleanrl(flags: str, args, checkout: Path) -> list[tuple[int, floa
     with (
         patch.object(SummaryWriter, "add_scalar", timed),
         patch.object(gym.vector, "SyncVectorEnv", VectorEnv),
+        patch.object(gym.wrappers, "TransformObservation", transform_observation),
         patch.object(sys, "argv", [script, *flags]),
         patch.object(sys, "path", [str(checkout), *sys.path]),
     ):

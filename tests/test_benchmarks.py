@@ -301,6 +301,18 @@ def test_sb3s_products_have_the_precision_asked_for(monkeypatch, algo):
         assert torch.get_float32_matmul_precision() == precision
 
 
+@pytest.mark.parametrize("algo", ["ddpg", "td3", "sac"])
+def test_sb3_takes_what_auto_stands_for_and_recorded_rows_the_highest_precision(monkeypatch, algo):
+    script = importlib.import_module(algo)
+    monkeypatch.setattr(script, "exact_precision", lambda device: "medium")
+    monkeypatch.setattr(script, "products_per_second", lambda threads, *_: -threads)
+    args = sb3.parse_args(algo, ["--torch-threads", "auto"])
+    assert (args.torch_threads, args.matmul_precision) == (1, "medium")
+    for impl in ("ours", "sb3"):
+        cell = run.Cell(impl, algo, "Pendulum-v1", 1, 20_000)
+        assert cell.command[-2:] == ["--matmul-precision", "highest"]
+
+
 def test_sb3s_side_of_an_off_policy_run():
     flags = "--total-timesteps 300 --learning-starts 50 --hidden-sizes 8 --eval-episodes 2 --train-frequency 4"
     result = sb3.train("dqn", sb3.parse_args("dqn", flags.split()))
