@@ -693,10 +693,15 @@ def cuda_graph(function: Callable, args: Args, device: torch.device, *optimizers
 def settle(args: Args) -> Args:
     """The same with a number for --torch-threads auto and a setting for --matmul-precision auto, which it prints."""
     precision = exact_precision(args.device) if args.matmul_precision == "auto" else args.matmul_precision
-    threads = args.torch_threads
+    threads, before = args.torch_threads, torch.get_float32_matmul_precision()
     if threads == "auto":
-        counts = [2**i for i in range(int(math.log2(os.cpu_count() or 1)) + 1)]
-        threads = max(counts, key=lambda count: products_per_second(count, args.batch_size, max(args.hidden_sizes)))
+        torch.set_float32_matmul_precision(precision)
+        counts, width = (
+            [2**i for i in range(int(math.log2(os.cpu_count() or 1)) + 1)],
+            max(args.hidden_sizes, default=1),
+        )
+        threads = max(counts, key=lambda count: products_per_second(count, max(args.batch_size, 1), max(width, 1)))
+        torch.set_float32_matmul_precision(before)
     settled = replace(args, torch_threads=threads, matmul_precision=precision)
     if settled != args:
         print(f"auto: --torch-threads {threads} --matmul-precision {precision}")
