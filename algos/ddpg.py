@@ -676,11 +676,9 @@ def settle(args: Args) -> Args:
     threads, before = args.torch_threads, torch.get_float32_matmul_precision()
     if threads == "auto":
         torch.set_float32_matmul_precision(precision)
-        counts, width = (
-            [2**i for i in range(int(math.log2(os.cpu_count() or 1)) + 1)],
-            max(args.hidden_sizes, default=1),
-        )
-        threads = max(counts, key=lambda count: products_per_second(count, max(args.batch_size, 1), max(width, 1)))
+        counts = [2**i for i in range(int(math.log2(os.cpu_count() or 1)) + 1)]
+        shape = max(args.batch_size, 1), max([1, *args.hidden_sizes])
+        threads = max(counts, key=lambda count: products_per_second(count, *shape))
         torch.set_float32_matmul_precision(before)
     settled = replace(args, torch_threads=threads, matmul_precision=precision)
     if settled != args:
