@@ -417,7 +417,7 @@ def test_the_number_of_threads_is_that_which_is_fastest(monkeypatch, algo):
     before, seen = torch.get_num_threads(), []
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
     args = algo.settle(algo.Args(torch_threads="auto", matmul_precision="highest"))
-    assert args.torch_threads == 2 and {*seen} == {1, 2, 4, before}
+    assert args.torch_threads == 2 and {*seen} == {1, 2, 4, before} and seen[-1] == before
 
 
 @each_continuous

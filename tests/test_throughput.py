@@ -97,7 +97,8 @@ for flag in ("--env-id", "--num-envs", "--num-steps", "--total-timesteps"):
     parser.add_argument(flag)
 parser.add_argument("--no-cuda", action="store_true")
 args, writer = parser.parse_args(), SummaryWriter("runs")
-envs = gym.vector.SyncVectorEnv([lambda: gym.make(args.env_id, max_episode_steps=3)])
+env = gym.wrappers.TransformObservation(gym.make(args.env_id, max_episode_steps=3), lambda obs: 2 * obs)
+envs = gym.vector.SyncVectorEnv([lambda: env])
 envs.reset(seed=1)
 for step in range(1, 1 + int(args.total_timesteps)):
     observations, _, _, truncated, infos = envs.step(envs.action_space.sample())
