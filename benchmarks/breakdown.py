@@ -39,7 +39,7 @@ PARTS = {
         *(f"{algo}_{part}_gradient" for algo in ("ddpg", "td3", "sac") for part in ("critic", "actor")),
         *("critic_gradient", "trust_region_step", "line_search"),
     ),
-    "optimiser": ("torch.optim.Adam.step", "torch.optim.RMSprop.step", "torch.optim.Optimizer.zero_grad"),
+    "optimiser": ("LeanAdam.step", "LeanAdam.zero_grad", "torch.optim.RMSprop.step", "torch.optim.Optimizer.zero_grad"),
     "target networks": ("polyak_update",),
 }
 """Functions of the scripts, none of which may call another of them. TRPO's gradient includes the step along it that is

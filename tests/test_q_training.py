@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import time
 
 import ddpg
 import dqn
@@ -189,13 +188,13 @@ def test_dqns_exploration_falls_linearly(exploration, monkeypatch):
 
 @pytest.mark.parametrize("anneal", [True, False])
 def test_dqns_learning_rate_falls_linearly_if_asked_for(anneal, monkeypatch):
-    rates, step = [], torch.optim.Adam.step
+    rates, step = [], dqn.LeanAdam.step
 
     def recorded(optimizer):
         rates.append(optimizer.param_groups[0]["lr"])
         step(optimizer)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    monkeypatch.setattr(dqn.LeanAdam, "step", recorded)
     flags = "--learning-starts 100 --train-frequency 40 --gradient-steps 1 --learning-rate 0.3"
     diary_run(dqn, f"{flags} --{'' if anneal else 'no-'}anneal-lr")
     begun = [80, 160, 240, 320]  # where the iterations with an update begin
@@ -242,8 +241,8 @@ def test_updates_come_when_the_flags_say(algo, monkeypatch):
     add, log, name = algo.ReplayBuffer.add, algo.Run.log, algo.__name__
     monkeypatch.setattr(algo.ReplayBuffer, "add", lambda *x: events.append("a") or add(*x))
     monkeypatch.setattr(algo.Run, "log", lambda run, metrics, **x: logged.extend(metrics) or log(run, metrics, **x))
-    monkeypatch.setattr(torch.optim.Adam, "zero_grad", lambda optimizer: events.append("z"))
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda optimizer: events.append("s"))
+    monkeypatch.setattr(algo.LeanAdam, "zero_grad", lambda optimizer: events.append("z"))
+    monkeypatch.setattr(algo.LeanAdam, "step", lambda optimizer: events.append("s"))
     monkeypatch.setattr(algo, "polyak_update", lambda target, online, tau: events.append({0.3: "t"}[tau]))
     critics = "dqn_gradient" if algo is dqn else f"{name}_critic_gradient"
     monkeypatch.setattr(algo, critics, event("c", "critic_loss", "q_values"))
@@ -410,9 +409,10 @@ def test_products_are_taken_by_what_is_faster_and_exact(monkeypatch, capsys, alg
 
 @each_continuous
 def test_the_number_of_threads_is_that_which_is_fastest(monkeypatch, algo):
-    """Of 1, 2, 4 of six cores; here the sleep before a product depends on it. Afterwards it is as it was."""
-    product, speeds = torch.Tensor.__matmul__, {1: 3, 2: 1, 4: 2}
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *x: time.sleep(speeds[seen[-1]] / 1e3) or product(*x))
+    """Of 1, 2, 4 of six cores; here a product's milliseconds depend on it alone. Afterwards it is as it was."""
+    product, milliseconds, spent = torch.Tensor.__matmul__, {1: 3, 2: 1, 4: 2}, []
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *x: spent.append(milliseconds[seen[-1]]) or product(*x))
+    monkeypatch.setattr(algo.time, "perf_counter", lambda: sum(spent) / 1e3)
     monkeypatch.setattr(algo.os, "cpu_count", lambda: 6)
     before, seen = torch.get_num_threads(), []
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
