@@ -419,46 +419,6 @@ class Envs:
             env.close()
 
 
-class LeanAdam(torch.optim.Adam):
-    """What Run.start makes of a fused torch.optim.Adam on the CPU: the same kernel and bits, less Python around it.
-
-    That is worth a fifth of an update of dqn.py. A step that is to do more (a closure, hooks, AMSGrad) is the parent's.
-    """
-
-    all_hooks = [x for name, x in vars(sys.modules[torch.optim.Optimizer.__module__]).items() if "_optimizer_p" in name]
-
-    def step(self, closure=None):
-        """Follows every .grad that there is."""
-        hooks = [*self.all_hooks, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks]
-        work, more = [], closure or any(hooks) or hasattr(self, "grad_scale")
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            states = [self.state.get(p) for p in parameters]  # None or empty before the first step
-            more = more or not group["fused"] or group["amsgrad"] or group["maximize"] or not all(states)
-            more = more or group.get("decoupled_weight_decay")
-            work.append((group, parameters, states))
-        if more:
-            return super().step(closure)
-        with torch.no_grad():
-            for group, parameters, states in work:
-                steps, means, squares = ([x[y] for x in states] for y in ("step", "exp_avg", "exp_avg_sq"))
-                numbers = dict(zip(("beta1", "beta2"), group["betas"]), amsgrad=False, maximize=False)
-                numbers |= {name: group[name] for name in ("lr", "weight_decay", "eps")}
-                if parameters:
-                    torch._foreach_add_(steps, 1)
-                    torch._fused_adam_(parameters, [p.grad for p in parameters], means, squares, [], steps, **numbers)
-
-    step.hooked = True  # the parent's calls the hooks
-
-    def zero_grad(self, set_to_none=True):
-        """Forgets the gradients."""
-        for group in self.param_groups if set_to_none else ():
-            for parameter in group["params"]:
-                parameter.grad = None
-        if not set_to_none:
-            super().zero_grad(False)
-
-
 class Run(ExitStack):
     """A run directory, and what a run sets in its process (seeds, threads, signals), put back where `with` ends."""
 
@@ -487,7 +447,8 @@ class Run(ExitStack):
                 fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
             if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # takes loss.backward() into the graph
                 self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
-                self.enter_context(torch._inductor.config.patch(cpp_wrapper=self.device.type == "cpu"))
+                wrapped = self.device.type == "cpu" and sys.platform == "linux"  # a twentieth of dqn.py's step
+                self.enter_context(torch._inductor.config.patch(cpp_wrapper=wrapped))
 
         def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
             self.stopped = True
@@ -514,9 +475,6 @@ class Run(ExitStack):
     def start(self, envs, **modules) -> None:
         """Makes a run directory, or opens --resume's. `modules`, with state_dicts, are what a checkpoint holds."""
         args, self.envs, self.modules, state = self.args, envs, modules, {"seconds": 0, "monitor_size": 0}
-        for optimizer in modules.values():
-            if type(optimizer) is torch.optim.Adam and self.device.type == "cpu":
-                optimizer.__class__ = LeanAdam
         self.callback(envs.close)
         self.dir = Path(args.resume) if args.resume else self.new_dir()
         self.monitor = self.enter_context(open(self.dir / "monitor.csv", "a", buffering=1, newline=""))

@@ -39,7 +39,10 @@ PARTS = {
         *(f"{algo}_{part}_gradient" for algo in ("ddpg", "td3", "sac") for part in ("critic", "actor")),
         *("critic_gradient", "trust_region_step", "line_search"),
     ),
-    "optimiser": ("LeanAdam.step", "LeanAdam.zero_grad", "torch.optim.RMSprop.step", "torch.optim.Optimizer.zero_grad"),
+    "optimiser": (
+        *("LeanAdam.step", "LeanAdam.zero_grad", "torch.optim.Adam.step", "torch.optim.RMSprop.step"),
+        "torch.optim.Optimizer.zero_grad",
+    ),
     "target networks": ("polyak_update",),
 }
 """Functions of the scripts, none of which may call another of them. TRPO's gradient includes the step along it that is
@@ -75,7 +78,8 @@ def clocks(script) -> Iterator[Callable[[], np.ndarray]]:
             for name in names:
                 *owner, name = name.split(".")
                 owner = functools.reduce(lambda x, y: getattr(x, y, None), owner, script)
-                if hasattr(owner, name):
+                within = owner is torch.optim.Adam and hasattr(script, "LeanAdam")  # whose first step is that one
+                if hasattr(owner, name) and not within:
                     stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), part)))
         stack.enter_context(patch.object(torch, "compile", timed_compile))
         yield lambda: np.array([perf_counter(), *(spent[part] for part in PARTS)])

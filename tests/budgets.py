@@ -29,21 +29,21 @@ SECTION = re.compile(r"# (\w[^\n]*?) -{3,}$")
 DOCSTRING, PLUMBING, REST = 30, 230, 360
 REST_OF = {"ppo": 380, "ppo_atari": 380, "trpo": 450, "kfac": 450, "bc": 450, "mbpo": 700}
 KNOWN = {
-    "a2c": (293, 357),
-    "bc": (293, 450),
-    "dagger": (293, 315),
-    "ddpg": (291, 338),
-    "dqn": (293, 360),
-    "dqn_atari": (293, 357),
-    "grpo": (293, 359),
-    "kfac": (293, 443),
-    "mbpo": (293, 642),
-    "ppo": (291, 439),
-    "ppo_atari": (291, 379),
-    "reinforce": (293, 358),
-    "sac": (291, 368),
-    "td3": (291, 358),
-    "trpo": (293, 432),
+    "a2c": (295, 357),
+    "bc": (295, 450),
+    "dagger": (295, 315),
+    "ddpg": (343, 338),
+    "dqn": (345, 360),
+    "dqn_atari": (295, 357),
+    "grpo": (295, 359),
+    "kfac": (295, 443),
+    "mbpo": (343, 644),
+    "ppo": (343, 439),
+    "ppo_atari": (293, 379),
+    "reinforce": (295, 358),
+    "sac": (343, 368),
+    "td3": (343, 358),
+    "trpo": (345, 432),
 }
 """Files that are longer, by name: lines of plumbing and of the rest that tests/test_conventions.py lets them have."""
 FUNCTIONS, LINES, DEPTH = 10, 170, 3

@@ -24,12 +24,13 @@ SMALL = {
 OFF_POLICY = {"dqn", "ddpg", "td3", "sac"}
 
 
-OPTIMISER = {"LeanAdam.step", "LeanAdam.zero_grad", "RMSprop.step", "Optimizer.zero_grad"}
-REPLAY = {"Envs.step", *OPTIMISER, "ReplayBuffer.add", "ReplayBuffer.draw_rows", "ReplayBuffer.get", "polyak_update"}
+OPTIMISER = {"Adam.step", "RMSprop.step", "Optimizer.zero_grad"}
+LEAN = {"LeanAdam.step", "LeanAdam.zero_grad", "RMSprop.step", "Optimizer.zero_grad"}
+REPLAY = {"Envs.step", *LEAN, "ReplayBuffer.add", "ReplayBuffer.draw_rows", "ReplayBuffer.get", "polyak_update"}
 CLOCKED = {
-    "ppo": {"Envs.step", *OPTIMISER, "ppo_gradient"},
+    "ppo": {"Envs.step", *LEAN, "ppo_gradient"},
     "a2c": {"Envs.step", *OPTIMISER, "a2c_gradient"},
-    "trpo": {"Envs.step", *OPTIMISER, "trust_region_step", "line_search", "critic_gradient"},
+    "trpo": {"Envs.step", *LEAN, "trust_region_step", "line_search", "critic_gradient"},
     "dqn": REPLAY | {"dqn_gradient"},
     **{x: REPLAY | {f"{x}_critic_gradient", f"{x}_actor_gradient"} for x in ("ddpg", "td3", "sac")},
     "ppo_atari": {"PixelEnvs.step", *OPTIMISER, "pixel_ppo_gradient"},
@@ -43,7 +44,9 @@ def test_every_work_is_known_here():
 @pytest.mark.parametrize("algo", CLOCKED)
 def test_what_has_a_clock(algo):
     script = importlib.import_module(algo)
-    owners = {"": script} | {f"{x.__name__}.": x for x in (torch.optim.RMSprop, torch.optim.Optimizer)}
+    owners = {"": script} | {
+        f"{x.__name__}.": x for x in (torch.optim.Adam, torch.optim.RMSprop, torch.optim.Optimizer)
+    }
     for name in ("Envs", "PixelEnvs", "ReplayBuffer", "LeanAdam"):
         owners |= {f"{name}.": getattr(script, name)} if hasattr(script, name) else {}
     with breakdown.clocks(script):

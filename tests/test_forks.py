@@ -239,7 +239,7 @@ def test_a_trunk_that_policy_and_value_share(tmp_path):
 # Optimisers -------------------------------------------------------------------------------------------------
 
 
-ADAM = "torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)"
+ADAM = "lean(torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True))"
 
 
 def trained_with(optimizer, tmp_path, algo="ppo", name="optimizer"):
@@ -251,7 +251,7 @@ def trained_with(optimizer, tmp_path, algo="ppo", name="optimizer"):
 
 def test_adamw(tmp_path):
     """In sac.py it changed nothing."""
-    old = "torch.optim.Adam(agent.critics.parameters(), args.learning_rate, fused=True)"
+    old = "lean(torch.optim.Adam(agent.critics.parameters(), args.learning_rate, fused=True))"
     new = "torch.optim.AdamW(agent.critics.parameters(), args.learning_rate, weight_decay=0.3)"
     seen = train(fork(tmp_path, "sac", (old, new)))
     original = train(fork(tmp_path / "original", "sac"))
@@ -273,7 +273,7 @@ def test_adamw(tmp_path):
 
 
 def test_weight_decay(tmp_path):
-    seen = train(fork(tmp_path, "ppo", (ADAM, ADAM[:-1] + ", weight_decay=0.1)")))
+    seen = train(fork(tmp_path, "ppo", (ADAM, ADAM.replace("eps", "weight_decay=0.1, eps"))))
     reference = trained_with(lambda adam, p, lr, **x: adam(p, lr, weight_decay=0.1, **x), tmp_path)
     assert_same(seen.after, reference.after)
     assert_differs(seen.after, train(fork(tmp_path / "original", "ppo")).after)
@@ -281,7 +281,9 @@ def test_weight_decay(tmp_path):
 
 def test_groups_with_two_rates_that_are_annealed(tmp_path):
     groups = "{'params': [*agent.actor.parameters(), agent.log_std]}, {'params': agent.critic.parameters(), 'lr': 0.0}"
-    module = fork(tmp_path, "ppo", (ADAM, f"torch.optim.Adam([{groups}], args.learning_rate, eps=1e-5)"))
+    module = fork(
+        tmp_path, "ppo", (ADAM, f"lean(torch.optim.Adam([{groups}], args.learning_rate, eps=1e-5, fused=True))")
+    )
     seen = train(module, FLAGS["ppo"] + " --anneal-lr --learning-rate 0.003")
     for key, x in seen.after["agent"].items():
         assert (not x.equal(seen.before["agent"][key])) == key.startswith(("actor", "log_std")), key
@@ -314,7 +316,7 @@ def test_a_frozen_layer(tmp_path):
 
 
 def test_a_frozen_layer_of_the_actor_that_critics_judge(tmp_path):
-    old = "actor_optimizer = torch.optim.Adam(agent.actor.parameters(), args.learning_rate, fused=True)"
+    old = "actor_optimizer = lean(torch.optim.Adam(agent.actor.parameters(), args.learning_rate, fused=True))"
     seen = train(fork(tmp_path, "sac", (old, old + "\n        agent.actor[0].requires_grad_(False)")))
     for key, x in seen.after["agent"].items():
         if key.startswith("actor"):

@@ -1,4 +1,4 @@
-"""LeanAdam, which Run.start makes of a fused torch.optim.Adam, against that: the same bits in every idiom."""
+"""LeanAdam, which `lean` makes of a fused torch.optim.Adam, against that: the same bits in every idiom."""
 
 import copy
 
@@ -163,15 +163,22 @@ def a_scheduler(net, optimizer, log) -> None:
         scheduler.step()
 
 
-def a_grad_scaler(net, optimizer, log) -> None:
-    steps(net, optimizer, log)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    for number in range(3):
-        optimizer.zero_grad()
-        inputs = torch.ones(1, 3) * (torch.inf if number == 1 else 1.0)  # whose step is left out
-        scaler.scale(net(inputs).square().sum()).backward()
-        scaler.step(optimizer)
-        scaler.update()
+def grad_scaler(unscales: bool):
+    """An idiom: gradients of a scaled loss, which the scaler or the optimiser divides."""
+
+    def scaled(net, optimizer, log) -> None:
+        steps(net, optimizer, log)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        for number in range(3):
+            optimizer.zero_grad()
+            inputs = torch.ones(1, 3) * (torch.inf if number == 1 else 1.0)  # whose step is left out
+            scaler.scale(net(inputs).square().sum()).backward()
+            if unscales:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+
+    return scaled
 
 
 def a_state_that_is_loaded(net, optimizer, log) -> None:
@@ -200,13 +207,15 @@ IDIOMS = {
     "decoupled weight decay": option(weight_decay=0.3, decoupled_weight_decay=True),
     "not fused": option(fused=False, foreach=False),
     "betas": option(betas=(0.5, 0.7), eps=0.1),
+    "a scaler": grad_scaler(unscales=False),
+    "a scaler that unscales": grad_scaler(unscales=True),
     "a global hook before": global_hook(register_optimizer_step_pre_hook),
     "a global hook after": global_hook(register_optimizer_step_post_hook),
 } | {
     x.__name__.replace("_", " "): x
     for x in (steps, frozen_in_mid_run, a_gradient_that_is_missing, gradients_that_add_up, zeros_in_place_of_none)
     + (none_by_default, another_rate, a_rate_in_a_tensor, a_group_added, a_parameter_replaced, a_closure, hooks)
-    + (a_hook_after, a_copy_with_hooks, a_scheduler, a_grad_scaler, a_state_that_is_loaded, a_compiled_update)
+    + (a_hook_after, a_copy_with_hooks, a_scheduler, a_state_that_is_loaded, a_compiled_update)
 }
 
 
@@ -216,7 +225,7 @@ def test_every_idiom_does_what_it_does_in_pytorch(idiom):
     for lean in (False, True):
         net, log = network(), []
         optimizer = torch.optim.Adam(net.parameters(), 0.05, fused=True)
-        optimizer.__class__ = dqn.LeanAdam if lean else torch.optim.Adam
+        optimizer = dqn.lean(optimizer) if lean else optimizer
         IDIOMS[idiom](net, optimizer, log)
         state = [{k: x.tolist() for k, x in optimizer.state[p].items()} for p in net.parameters()]
         results.append(([p.tolist() for p in net.parameters()], state, log))
@@ -229,7 +238,7 @@ def test_an_ordinary_step_is_the_lean_one(monkeypatch):
     """From the second on: the first makes Adam's state."""
     net = network()
     optimizer = torch.optim.Adam(net.parameters(), 0.05, fused=True)
-    optimizer.__class__ = dqn.LeanAdam
+    dqn.lean(optimizer)
     step(net, optimizer, 0)
     monkeypatch.setattr(torch.optim.Adam, "step", None)
     monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", None)
@@ -241,13 +250,7 @@ class Mine(torch.optim.Adam):
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, Mine])
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_run_makes_adam_lean_and_nothing_else(kind, device, tmp_path):
-    """And it only on the CPU."""
-    args = dqn.Args(output_dir=str(tmp_path), total_timesteps=10)
-    with dqn.Run(args) as run:
-        run.device = torch.device(device)
-        optimizer = kind(network().parameters())
-        run.start(dqn.Envs(args, 1), optimizer=optimizer)
-    lean = kind is torch.optim.Adam and device == "cpu"
-    assert type(optimizer) is (dqn.LeanAdam if lean else kind)
+def test_adam_becomes_lean_and_nothing_else(kind):
+    optimizer = kind(network().parameters())
+    assert dqn.lean(optimizer) is optimizer
+    assert type(optimizer) is (dqn.LeanAdam if kind is torch.optim.Adam else kind)
