@@ -34,7 +34,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_type_hints
 
@@ -65,6 +65,9 @@ class Args:
     eval_episodes: Count = 100  # episodes of the evaluation
     output_dir: str = "runs"  # folder that run directories are made in
     capture_video: bool = False  # film 1000 images from episodes 0, 1, 8, 27, 64 … of the evaluation on
+
+
+RECOMMENDED = {"CliffWalking-v1": dict(gamma=1.0)}  # by environment id: `--env-id` alone takes them, a flag wins
 
 
 # The model --------------------------------------------------------------------------------------------------
@@ -109,10 +112,7 @@ def evaluation(model: Model, policy: np.ndarray, iterate: np.ndarray, gamma: flo
     if sweeps == "exact":
         _, ends = nearest_end(chain, np.full((len(policy), 1), gamma == 1))
         if gamma == 1 and not ends.all():
-            fail(
-                f"with --gamma 1 the policy has no value, since it never ends from state {ends.argmin()}: take a lower"
-                " --gamma, or --evaluation-sweeps 1"
-            )
+            fail(f"with --gamma 1 a policy that never ends, as from state {ends.argmin()}, has no value: lower --gamma")
         transitions = np.zeros((len(policy), len(policy)))
         np.add.at(transitions, (states[:, None], chain.successors[:, 0]), chain.going_on[:, 0])
         values = np.linalg.solve(np.eye(len(policy)) - gamma * transitions, chain.rewards[:, 0])
@@ -232,7 +232,7 @@ def check(args: Args) -> None:
     for name, hint in get_type_hints(Args, include_extras=True).items():
         value = getattr(args, name)
         for low, high, text in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
-            if not isinstance(value, str) and not low <= value <= high:
+            if isinstance(value, int | float) and not low <= value <= high:
                 fail(f"--{name.replace('_', '-')} {value} must be {text}")
 
 
@@ -259,8 +259,8 @@ def open_run(args: Args) -> tuple[Path, SummaryWriter]:
     except OSError as error:
         fail(f"--output-dir {args.output_dir}: {error}")
     versions = {"python": sys.version.split()[0]} | {x.__name__: x.__version__ for x in (torch, gym, np)}
-    about = {"algo": ALGO, "args": asdict(args), "versions": versions}
-    about["script_sha256"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    about = {"algo": ALGO, "args": asdict(args), "versions": versions, "script_sha256": script}
     Path(name, "args.json").write_text(json.dumps(about, indent=2) + "\n")
     return Path(name), SummaryWriter(str(name))
 
@@ -305,10 +305,14 @@ def evaluate_table(policy: np.ndarray, args: Args, run_dir: Path) -> np.ndarray:
 
 
 def read_args(argv: list[str] | None = None) -> Args:
-    """Command line → Args."""
+    """Command line → Args. Defaults are the environment's recommended settings."""
     for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:
         stream.reconfigure(errors="replace")  # a console that has no γ shows --help all the same
-    return tyro.cli(Args, args=argv)
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    defaults = replace(Args(), **{"env_id": given.env_id} | RECOMMENDED.get(given.env_id, {}))
+    table = "\n\n".join(f"{env}: {json.dumps(settings)[1:-1]}" for env, settings in RECOMMENDED.items())
+    return tyro.cli(Args, default=defaults, args=argv, description=f"Settings taken with --env-id alone:\n\n{table}")
 
 
 if __name__ == "__main__":

@@ -14,40 +14,13 @@ import policy_iteration
 import pytest
 import scipy.sparse
 import torch
-from gymnasium.spaces import Discrete
-from policy_iteration import Args, evaluation, model_of, modified_policy_iteration, solve
+from policy_iteration import Args, evaluation, modified_policy_iteration, solve
 from scipy.optimize import linprog
+from tables import chain_of_the_notes, model, optimal, random_table, register, table_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPT = Path(policy_iteration.__file__)
 SCHEDULES = [(sweeps, q) for sweeps in (1, 3, 20, "exact") for q in (False, True)]
-
-
-def random_table(seed: int, states: int = 12, actions: int = 3, end: float = 0.1) -> dict:
-    """Up to three successors of a state and action, some of them at the end, with rewards of their own."""
-    rng = np.random.default_rng(seed)
-
-    def row() -> list[tuple]:
-        p = rng.dirichlet(np.ones(rng.integers(1, 4)))
-        return [(x, int(rng.integers(states)), rng.normal(), bool(rng.random() < end)) for x in p]
-
-    return {s: {a: row() for a in range(actions)} for s in range(states)}
-
-
-def chain_of_the_notes() -> dict:
-    """Five states in a line, left and right: −1 a step, −10 from the third to the fourth; the fifth ends at no cost."""
-    move = lambda s, a: (1.0, max(s - 1, 0) if a == 0 else s + 1, -10.0 if (s, a) == (2, 1) else -1.0, False)  # noqa: E731
-    return {s: {a: [move(s, a)] for a in range(2)} for s in range(4)} | {
-        4: {a: [(1.0, 4, 0.0, True)] for a in range(2)}
-    }
-
-
-def table_of(env_id: str) -> dict:
-    return gym.make(env_id).unwrapped.P
-
-
-def model(table: dict) -> policy_iteration.Model:
-    return model_of(table, len(table), len(table[0]))
 
 
 def linear_program(table: dict, gamma: float) -> np.ndarray:
@@ -63,40 +36,6 @@ def linear_program(table: dict, gamma: float) -> np.ndarray:
     solution = linprog(np.ones(states), constraints.tocsr(), bounds, bounds=(None, None), options=options)
     assert solution.success
     return solution.x
-
-
-def optimal(table: dict, gamma: float) -> np.ndarray:
-    """V* (S,) to rounding: values of policy iteration's last policy."""
-    iterates = modified_policy_iteration(model(table), gamma, "exact")
-    return next(values for values, _, change in iterates if change < 1e-10)
-
-
-def register(table: dict, **kwargs) -> str:
-    """The id of an environment with this table, which begins in state 0."""
-
-    class Table(gym.Env):
-        def __init__(self, render_mode=None):
-            self.P, self.render_mode = table, render_mode
-            self.observation_space, self.action_space = Discrete(len(table)), Discrete(len(table[0]))
-
-        def reset(self, *, seed=None, options=None):
-            super().reset(seed=seed)
-            self.state = 0
-            return 0, {}
-
-        def step(self, action):
-            rows = table[self.state][int(action)]
-            _, self.state, reward, done = rows[self.np_random.choice(len(rows), p=[x[0] for x in rows])]
-            return self.state, reward, done, False, {}
-
-    gym.register("Table-v0", Table, **kwargs)
-    return "Table-v0"
-
-
-@pytest.fixture(autouse=True)
-def unregistered():
-    yield
-    gym.registry.pop("Table-v0", None)
 
 
 # The solution -----------------------------------------------------------------------------------------------
