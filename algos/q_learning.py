@@ -230,9 +230,9 @@ def fail(message: str, code: int = 2) -> NoReturn:
 def check(args: Args) -> None:
     """Stops where a value is outside its range."""
     for name, hint in get_type_hints(Args, include_extras=True).items():
-        value = getattr(args, name)
+        values = value if isinstance(value := getattr(args, name), tuple) else (value,)
         for low, high, text in itertools.chain(*(getattr(x, "__metadata__", ()) for x in (hint, *get_args(hint)))):
-            if isinstance(value, int | float) and not low <= value <= high:
+            if not all(isinstance(x, str | None) or low <= x <= high for x in values):
                 fail(f"--{name.replace('_', '-')} {value} must be {text}")
 
 
