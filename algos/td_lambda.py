@@ -211,7 +211,7 @@ def train(args: Args) -> dict:
         while step < args.total_timesteps:
             number, episode = number + 1, play(env, act, None if number else args.seed)
             loss = td_loss(value, target, episode, args)
-            if not math.isfinite(loss):
+            if not loss.isfinite():
                 fail(f"the loss of episode {number} is not finite: take a lower --learning-rate", code=1)
             optimizer.zero_grad()
             loss.backward()
