@@ -70,7 +70,7 @@ class Args:
     seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
     total_timesteps: Count = 5_000  # environment steps
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where networks and buffers live; auto prefers CUDA
-    torch_threads: Count | Literal["auto"] = 1  # CPU threads; auto: the fastest in a second's trial, so not reproducible by itself
+    torch_threads: Count | Literal["auto"] = 1  # CPU threads; auto tries for a second, not reproducible by itself
     compile: bool = False  # torch.compile: pays in runs of several minutes; on a GPU gradients become CUDA graphs, too
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # of float32 products; auto never rounds
     output_dir: str = "runs"  # folder that run directories are made in
