@@ -58,7 +58,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest, in words: Run checks them
+Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest, in words: checked before a run
 Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
 Fraction = Annotated[float, (0, 1, "from 0 to 1")]
 Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]

@@ -58,7 +58,7 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest, in words: Run checks them
+Count = Annotated[int, (1, math.inf, "at least 1")]  # lowest, highest, in words: checked before a run
 Seed = Annotated[int, (0, 2**32 - 1, "from 0 to 2³² − 1")]
 Fraction = Annotated[float, (0, 1, "from 0 to 1")]
 Positive = Annotated[float, (sys.float_info.min, sys.float_info.max, "positive")]
@@ -70,7 +70,7 @@ class Args:
     seed: Seed = 1  # of everything random; same seed, same machine and thread count: same bits on CPU
     total_timesteps: Count = 5_000  # environment steps
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where networks and buffers live; auto prefers CUDA
-    torch_threads: Count | Literal["auto"] = 1  # CPU threads for PyTorch; auto tries for a second which are fastest
+    torch_threads: Count | Literal["auto"] = 1  # CPU threads; auto tries for a second, not reproducible by itself
     compile: bool = False  # torch.compile: pays in runs of several minutes; on a GPU gradients become CUDA graphs, too
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # of float32 products; auto never rounds
     output_dir: str = "runs"  # folder that run directories are made in

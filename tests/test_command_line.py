@@ -32,7 +32,8 @@ from stable_baselines3.common.monitor import load_results
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {path.stem: path for path in sorted((ROOT / "algos").glob("*.py"))}
+SCRIPTS = {path.stem: path for path in sorted((ROOT / "algos").glob("*.py")) if "\nclass Run(" in path.read_text()}
+"""Those that resume."""
 
 
 @dataclass

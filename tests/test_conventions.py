@@ -20,9 +20,10 @@ COMMON_FLAGS = (
     "env_id seed total_timesteps num_envs device torch_threads compile output_dir resume checkpoint_every"
     " eval_episodes capture_video"
 ).split()
-COMMON_FLAGS_WITHOUT_LEARNING = "env_id seed eval_episodes output_dir capture_video".split()
+COMMON_FLAGS_OF_TABLES = "env_id seed eval_episodes output_dir capture_video".split()
 
 PLUMBING = "fail finite parse_args load_checkpoint make_env Envs Run evaluate export_policy".split()
+PLUMBING += "check open_run TablePolicy export_table evaluate_table read_args".split()
 
 each_algo = pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
 
@@ -104,28 +105,31 @@ def test_every_flag_is_explained(path):
 
 @each_algo
 def test_has_the_common_flags(path):
-    learns = any(node.name == "train" for node in definitions(path))
-    missing = set(COMMON_FLAGS if learns else COMMON_FLAGS_WITHOUT_LEARNING) - args_fields(path).keys()
+    resumes = any(node.name == "Run" for node in definitions(path))
+    missing = set(COMMON_FLAGS if resumes else COMMON_FLAGS_OF_TABLES) - args_fields(path).keys()
     assert not missing, f"{path.name}: Args needs {missing}, as in every other script"
 
 
 @each_algo
 def test_reads_from_the_algorithm_to_the_plumbing(path):
-    """Args, networks, the maths under whatever titles, training, plumbing."""
+    """Args, networks where it has some, the maths under whatever titles, training or a solution, plumbing."""
     lines = path.read_text().splitlines()
     titles = {i: match[1] for i, line in enumerate(lines, 1) if (match := budgets.SECTION.match(line))}
     names = list(titles.values())
     plumbing = names.index("Plumbing: the same in every file")
-    assert "etwork" in names[0] and names[plumbing - 1] == "Training" and plumbing > 2, f"{path.name}: {names}"
-    helpers = [name for name in names[plumbing + 1 :] if not name.startswith(("Data parallel", "CUDA"))]
-    assert not helpers, f"{path.name}: {helpers} belong above Training"
-    first, training, end = (list(titles)[i] for i in (0, plumbing - 1, plumbing))
     at = {node.name: node.lineno for node in definitions(path)}
-    assert at["Args"] < first, f"{path.name}: Args stand above the first section"
-    assert training < at["train"] < end, f"{path.name}: train() is the section Training's"
+    last, function = ("Training", "train") if "train" in at else ("Solution", "solve")
+    assert names[plumbing - 1] == last and plumbing > 0, f"{path.name}: {names}"
+    assert "etwork" in names[0] and plumbing > 2 or "Run" not in at, f"{path.name}: {names}"
+    helpers = [name for name in names[plumbing + 1 :] if not name.startswith(("Data parallel", "CUDA"))]
+    assert not helpers, f"{path.name}: {helpers} belong above {last}"
+    top, start, end = (list(titles)[i] for i in (0, plumbing - 1, plumbing))
+    assert at["Args"] < top, f"{path.name}: Args stand above the first section"
+    assert start < at[function] < end, f"{path.name}: {function}() is the section {last}'s"
     misplaced = [name for name, line in at.items() if name in PLUMBING and line < end]
     assert not misplaced, f"{path.name}: {misplaced} belong into Plumbing"
-    assert lines[-2:] == ['if __name__ == "__main__":', "    train(parse_args())"]
+    arguments = "parse_args" if "Run" in at else "read_args"
+    assert lines[-2:] == ['if __name__ == "__main__":', f"    {function}({arguments}())"]
 
 
 @each_algo

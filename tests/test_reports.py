@@ -82,7 +82,7 @@ def settings_of_the_process() -> tuple:
 # Environments -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algo", [algo for algo in ALGOS if not algo.endswith("_atari")])
+@pytest.mark.parametrize("algo", [x for x in ALGOS if hasattr(importlib.import_module(x), "Envs")])
 def test_1_an_environment_that_reuses_its_observation_array(algo):
     module = importlib.import_module(algo)
     envs = module.Envs(module.Args(env_id="OneArray-v0"), 1)
@@ -182,6 +182,7 @@ def test_8_every_rate_and_share_has_a_range(algo):
     loose = [name for name in numbers if name not in bare]
     assert not loose, f"{algo}.py: give {loose} a type with a range, such as Count, Fraction or Positive"
     expected = {"gamma": "Fraction", "gae_lambda": "Fraction", "tau": "Fraction", "learning_rate": "Positive"}
+    expected |= {"learning_rate": "Fraction"} if algo == "q_learning" else {}  # a table's: more overshoots
     assert {name: fields[name] for name in expected if name in fields}.items() <= expected.items()
 
 
