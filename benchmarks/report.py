@@ -348,8 +348,8 @@ HEADLINE = """\
 IQM of the evaluation return, ours / SB3's, with the same hyperparameters, number of steps and {seeds} seeds, or as
 many as a cell says (of 3, the mean). DQN's returns are of Double DQN here and of plain DQN in SB3, which has no other;
 its speed is of plain DQN on both sides. Training steps per second over SB3's in the same run, eager / with `--compile`,
-the compilation itself not counted, on {cpus}. † The code has changed since. Intervals, learning curves and commands:
-[benchmarks](benchmarks/README.md).{gpu}
+the compilation itself not counted, on {cpus}. {ahead}† The code has changed since. Intervals, learning curves and
+commands: [benchmarks](benchmarks/README.md).{gpu}
 
 ![{suite}: profile, and returns over steps](benchmarks/plots/{suite}_all.png)
 <!-- end of headline -->"""
@@ -588,6 +588,18 @@ def ratio(row: pd.Series) -> str:
 PEER_NAMES = {"sb3": "SB3", "cleanrl": "CleanRL", "sbx": "SBX"}
 
 
+def peers_ahead(measurements: pd.DataFrame) -> str:
+    """A sentence on the works in which the fastest peer is faster than both settings here; "" where there are none."""
+    table, ahead = summary(measurements), []
+    for work in table.index.unique("work"):
+        rows = table.loc[work].reindex([*OUR_SETTINGS]).dropna(subset=["over peer"])
+        best = rows["over peer"].max()
+        if best < 1:
+            fastest = table.loc[work, "steps/s"].reindex([*PEER_NAMES]).idxmax()
+            ahead.append(f"{PEER_NAMES[fastest]} on {work} (ours {number(best, 2)} of it)")
+    return f"A peer is ahead, in the same rounds: {'; '.join(ahead)}." if ahead else ""
+
+
 def peer_columns(settings: pd.DataFrame, best: pd.Series) -> dict[str, str]:
     """Of a work in `summary`: what the peers do in a second, and the best setting's ratio to the fastest of them."""
     speeds = {name: settings["steps/s"].get(setting, np.nan) for setting, name in PEER_NAMES.items()}
@@ -655,8 +667,8 @@ def newest(measurements: pd.DataFrame) -> pd.DataFrame:
 
 def tables_by_machine(measurements: pd.DataFrame, table: Callable[[pd.DataFrame], str]) -> str:
     """A table for every machine that has one, below its name."""
-    tables = {name: table(rows) for name, rows in by_machine(measurements).items()}
-    return "\n\n".join(f"{name}:\n\n{x}" for name, x in tables.items() if x)
+    tables = {name: (table(rows), peers_ahead(rows)) for name, rows in by_machine(measurements).items()}
+    return "\n\n".join("\n\n".join(filter(None, (f"{name}:", *rest))) for name, rest in tables.items() if rest[0])
 
 
 def throughput_section(measurements: pd.DataFrame) -> str:
@@ -928,6 +940,7 @@ def headline(runs: pd.DataFrame, measurements: pd.DataFrame, cuda: pd.DataFrame 
         table=markdown(list(rows.values())),
         suite=HEADLINE_SUITES[0],
         seeds=usual,
+        ahead=f"{ahead}\n" if (ahead := peers_ahead(measurements)) else "",
         cpus="a CPU" if machines == 1 else f"one of {machines} CPUs",
         gpu="" if cuda is None else cuda_speeds(cuda, measurements),
     )

@@ -10,7 +10,9 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import nn
 
-SCRIPTS = sorted(path.stem for path in (Path(__file__).resolve().parent.parent / "algos").glob("*.py"))
+ALGOS = (Path(__file__).resolve().parent.parent / "algos").glob("*.py")
+SCRIPTS = sorted(path.stem for path in ALGOS if "\nclass Run(" in path.read_text())
+"""Those that resume."""
 
 
 class Clock(gym.Env):

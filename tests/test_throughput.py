@@ -61,6 +61,11 @@ def test_the_best_peer_is_that_of_the_round():
     page = report.throughput_table(pd.concat(rows))
     cells = "10 | 22; half 60 | 30 | 2.70 [2.40, 3.00] † | 0.88 (SBX) | 1.75"
     assert f"| ddpg HalfCheetah | 2 | {cells} |" in page
+    ahead = "A peer is ahead, in the same rounds: SBX on ddpg HalfCheetah (ours 0.88 of it)."
+    assert report.peers_ahead(pd.concat(rows)) == ahead
+    assert report.tables_by_machine(pd.concat(rows), report.throughput_table).endswith(f"|\n\n{ahead}")
+    ours = [x.assign(steps_per_second=x["steps_per_second"] * (1 + x["setting"].eq("eager"))) for x in rows]
+    assert report.peers_ahead(pd.concat(ours)) == "" == report.peers_ahead(measured("a2c CartPole", {"eager": 1.0}))
 
 
 @pytest.mark.usefixtures("highest_precision_afterwards")
