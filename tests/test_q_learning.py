@@ -1,5 +1,6 @@
 """algos/q_learning.py: updates by hand, limits against exact solutions, and Sutton and Barto's examples."""
 
+import itertools
 import json
 import random
 import re
@@ -114,6 +115,31 @@ def test_what_is_done_has_those_probabilities_and_their_schedule(exploration, mo
     last(learn(gym.make("FrozenLake-v1"), args))
     expected = [max(0.9 - 0.8 * step / 50, 0.1) for step in range(100)]
     assert [x[0] for x in seen] == [exploration] * 100 and [x[1] for x in seen] == pytest.approx(expected)
+
+
+def updates_of(monkeypatch, args: Args) -> list[tuple[Transition, int | None]]:
+    """What `learn` updates with, in its order: transitions, and the actions that follow them."""
+    seen, original = [], q_learning.update
+    monkeypatch.setattr(q_learning, "update", lambda *x: seen.append(x[2:4]) or original(*x))
+    last(learn(gym.make(args.env_id), args))
+    return seen
+
+
+def test_sarsa_takes_the_action_that_it_bootstrapped_from(monkeypatch):
+    seen = updates_of(monkeypatch, Args("FrozenLake-v1", algorithm="sarsa", exploration_start=0.9, total_timesteps=200))
+    followed = [(x[1], y[0].action) for x, y in itertools.pairwise(seen) if not x[0].terminated]
+    assert len(followed) > 100 and all(promised == taken for promised, taken in followed)
+
+
+@pytest.mark.parametrize("algorithm", ["q-learning", "sarsa"])
+def test_planning_is_updates_with_what_has_been_lived_through(algorithm, monkeypatch):
+    """K = 3 after every step, drawn from all steps so far; SARSA imagines an action for each."""
+    args = Args("FrozenLake-v1", algorithm=algorithm, planning_steps=3, exploration_start=0.9, total_timesteps=200)
+    seen = updates_of(monkeypatch, args)
+    assert len(seen) == 4 * 200 and all((action is None) == (algorithm == "q-learning") for _, action in seen)
+    lived = [step for step, _ in seen[::4]]
+    drawn = [lived[: i // 4 + 1].index(step) for i, (step, _) in enumerate(seen) if i % 4]
+    assert 10 < len({*drawn}) and np.mean(np.array(drawn[300:]) < 50) > 0.1, "old ones, too"
 
 
 # The whole --------------------------------------------------------------------------------------------------
@@ -256,6 +282,18 @@ def test_the_same_seed_is_the_same_run(tmp_path):
     texts = [re.sub(r",[^,\n]+\n", "\n", (x["run_dir"] / "monitor.csv").read_text().split("t\n", 1)[1]) for x in runs]
     assert texts[0] == texts[1] != texts[2] and (runs[0]["Q"] == runs[1]["Q"]).all()
     assert (runs[0]["Q"] != runs[2]["Q"]).any()
+
+
+def test_the_seed_is_the_environments_and_the_explorers():
+    """One action alone leaves the environment's chance, and a table without chance the explorer's."""
+    chance = {s: {0: [(0.5, 0, 0.0, False), (0.5, 1, 1.0, False)]} for s in range(2)}
+    certain = {s: {a: [(1.0, a, float(a), False)] for a in range(2)} for s in range(2)}
+    for table in (chance, certain):
+        found = []
+        for seed in (1, 2):
+            args = Args(register(table, max_episode_steps=20), seed=seed, total_timesteps=100, exploration_start=0.9)
+            found.append(last(learn(gym.make(args.env_id), args))[0])
+        assert found[0] != found[1]
 
 
 def test_episodes_without_a_limit_are_cut_after_1000_steps(capsys, tmp_path):
