@@ -575,7 +575,7 @@ class Run(ExitStack):
                 fail("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
             if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # takes loss.backward() into the graph
                 self.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
-                wrapped = self.device.type == "cpu" and sys.platform == "linux"  # a twentieth of dqn.py's step
+                wrapped = self.device.type == "cpu" and sys.platform == "linux"
                 self.enter_context(torch._inductor.config.patch(cpp_wrapper=wrapped))
 
         def stop(number: int, frame) -> None:  # the iteration in progress ends first; a second signal stops at once
