@@ -173,15 +173,10 @@ def learn(env: gym.Env, args: Args) -> Iterator[tuple[np.ndarray, float, tuple[f
 def train(args: Args) -> dict:
     """Returns {"run_dir": Path, "returns": (eval_episodes,), "V": (S,), "Q": (S, A), "policy": (S,) of indices}."""
     check(args)
-    env = make_env(args)
-    if not all(isinstance(x, Discrete) for x in (env.observation_space, env.action_space)):
-        fail(f"{args.env_id} has {env.observation_space} and {env.action_space}, no table; dqn.py takes vectors")
+    env = make_table_env(args)
     lowest, highest = sorted([args.exploration_start, args.exploration_end])
     if highest > 1 if args.exploration == "epsilon" else lowest == 0:
         fail("--exploration-start and --exploration-end are at most 1 for epsilon, and positive for boltzmann")
-    if env.spec.max_episode_steps is None:
-        print(f"{args.env_id} has no time limit: episodes are cut after 1000 steps")
-        env = gym.wrappers.TimeLimit(env, 1000)
     run_dir, writer = open_run(args)
     start, recent, differences = time.time(), deque(maxlen=100), []
     with (
@@ -203,17 +198,8 @@ def train(args: Args) -> dict:
                 bar.set_postfix({"return": f"{np.mean(recent or [np.nan]):.1f}"}, refresh=False)
                 bar.update(number - bar.n)
                 differences = []
-    env.close()
     q_values = np.mean(tables, 0)
-    policy = q_values.argmax(1)
-    np.savez(run_dir / "solution.npz", V=q_values.max(1), Q=q_values, policy=policy)
-    export_table(policy, env, run_dir / "policy.pt2")
-    returns = evaluate_table(policy, args, run_dir)
-    writer.add_scalar("eval/episodic_return", returns.mean(), args.total_timesteps)
-    writer.close()
-    print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
-    print(f"run directory: {run_dir}", flush=True)
-    return {"run_dir": run_dir, "returns": returns, "V": q_values.max(1), "Q": q_values, "policy": policy}
+    return finish(q_values, q_values.argmax(1), env, args, run_dir, writer, args.total_timesteps)
 
 
 # Plumbing: the same in every file ---------------------------------------------------------------------------
@@ -236,15 +222,18 @@ def check(args: Args) -> None:
                 fail(f"--{name.replace('_', '-')} {value} must be {text}")
 
 
-def make_env(args: Args, **kwargs) -> gym.Env:
-    """gymnasium.make, or one line why not; what it observes becomes a vector, unless it is an index or an image."""
+def make_table_env(args: Args) -> gym.Env:
+    """gymnasium.make, or one line why not; where there is no time limit, episodes are cut after 1000 steps."""
     try:
-        env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {}, **kwargs)
+        env = gym.make(args.env_id, **{"render_mode": "rgb_array"} if args.capture_video else {})
     except (gym.error.Error, ImportError, TypeError) as error:  # a TypeError: its constructor needs arguments
-        hint = "kwargs go into gym.register; ppo_atari.py and dqn_atari.py play Atari; --capture-video needs rgb_array"
-        fail(f"--env-id {args.env_id}: {error} ({hint})")
-    plain = isinstance(env.observation_space, Discrete) or len(env.observation_space.shape or ()) in (1, 3)
-    return env if plain else gym.wrappers.FlattenObservation(env)
+        fail(f"--env-id {args.env_id}: {error} (kwargs go into gym.register; --capture-video needs rgb_array)")
+    if not all(isinstance(x, Discrete) for x in (env.observation_space, env.action_space)):
+        fail(f"{env.observation_space}, {env.action_space}: no table; q_learning.py takes Discrete ones, dqn.py any")
+    if env.spec.max_episode_steps is None:
+        print(f"{args.env_id} has no time limit: episodes are cut after 1000 steps")
+        env = gym.wrappers.TimeLimit(env, 1000)
+    return env
 
 
 def open_run(args: Args) -> tuple[Path, SummaryWriter]:
@@ -266,30 +255,26 @@ def open_run(args: Args) -> tuple[Path, SummaryWriter]:
 
 
 class TablePolicy(nn.Module):
-    """A table (S,) of actions' indices as a policy, from observations (B,) to what the environment takes."""
+    """A table (S,) of actions' indices as a policy, from observations (B,) to what the environment takes, (B,)."""
 
     def __init__(self, policy: np.ndarray, env: gym.Env):
         super().__init__()
-        self.first_state, self.first_action = int(env.observation_space.start), int(env.action_space.start)
-        self.register_buffer("table", torch.as_tensor(policy))
+        self.first_state = int(env.observation_space.start)
+        self.register_buffer("table", torch.as_tensor(policy + env.action_space.start))
 
     def forward(self, obs: Tensor) -> Tensor:
-        """Actions (B,), int64."""
-        return self.table[obs - self.first_state] + self.first_action
+        return self.table[obs - self.first_state]
 
 
-def export_table(policy: np.ndarray, env: gym.Env, path: Path) -> None:
-    """Saves a TablePolicy: `torch.export.load(path).module()(obs)`, any batch size."""
-    example, shapes = torch.full((2,), int(env.observation_space.start)), ({0: torch.export.Dim("batch")},)
-    torch.export.save(torch.export.export(TablePolicy(policy, env), (example,), dynamic_shapes=shapes), path)
+def finish(q_values, policy: np.ndarray, env: gym.Env, args: Args, run_dir: Path, writer, step: int) -> dict:
+    """Writes Q (S, A) and the policy (S,), a table of indices, and evaluates it → what is known at the end.
 
-
-def evaluate_table(policy: np.ndarray, args: Args, run_dir: Path) -> np.ndarray:
-    """Returns (eval_episodes,) of a table (S,) of actions' indices; episode i is reset with seed + 1 000 000 + i."""
-    env, returns = make_env(args), np.zeros(args.eval_episodes)
-    if env.spec.max_episode_steps is None:
-        print(f"{args.env_id} has no time limit: evaluation cuts episodes after 1000 steps")
-        env = gym.wrappers.TimeLimit(env, 1000)
+    policy.pt2 is a TablePolicy: `torch.export.load(path).module()(obs)`; episode i is reset with seed + 1 000 000 + i.
+    """
+    values, module, returns = q_values.max(1), TablePolicy(policy, env), np.zeros(args.eval_episodes)
+    np.savez(run_dir / "solution.npz", V=values, Q=q_values, policy=policy)
+    example, shapes = torch.full((2,), module.first_state), ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(module, (example,), dynamic_shapes=shapes), run_dir / "policy.pt2")
     if args.capture_video:
         env = gym.wrappers.RecordVideo(env, str(run_dir / "videos"), video_length=1000)
     for i in range(args.eval_episodes):
@@ -301,7 +286,11 @@ def evaluate_table(policy: np.ndarray, args: Args, run_dir: Path) -> np.ndarray:
             returns[i] += reward
             ended = terminated or truncated
     env.close()
-    return returns
+    writer.add_scalar("eval/episodic_return", returns.mean(), step)
+    writer.close()
+    print(f"evaluation: {returns.mean():.2f} ± {returns.std():.2f} over {len(returns)} episodes")
+    print(f"run directory: {run_dir}", flush=True)
+    return {"run_dir": run_dir, "returns": returns, "V": values, "Q": q_values, "policy": policy}
 
 
 def read_args(argv: list[str] | None = None) -> Args:

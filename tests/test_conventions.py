@@ -23,7 +23,7 @@ COMMON_FLAGS = (
 COMMON_FLAGS_OF_TABLES = "env_id seed eval_episodes output_dir capture_video".split()
 
 PLUMBING = "fail finite parse_args load_checkpoint make_env Envs Run evaluate export_policy".split()
-PLUMBING += "check open_run TablePolicy export_table evaluate_table read_args".split()
+PLUMBING += "check open_run make_table_env TablePolicy finish read_args".split()
 
 each_algo = pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
 

@@ -310,8 +310,8 @@ def test_episodes_without_a_limit_are_cut_after_1000_steps(capsys, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--env-id CartPole-v1", ["CartPole-v1", "dqn.py"]),
-        ("--env-id Blackjack-v1", ["Blackjack-v1"]),
+        ("--env-id CartPole-v1", ["Box(", "Discrete(2)", "dqn.py"]),
+        ("--env-id Blackjack-v1", ["Tuple(", "no table"]),
         ("--learning-rate 1.5", ["--learning-rate", "from 0 to 1"]),
         ("--rate-exponent 2", ["--rate-exponent", "from 0 to 1"]),
         ("--planning-steps -1", ["--planning-steps", "0 or more"]),
