@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALGOS = sorted((ROOT / "algos").glob("*.py"))
 PYTHON = [path for folder in ("algos", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
 ALLOWED = {"numpy", "torch", "gymnasium", "ale_py", "mujoco", "tyro", "tensorboard", "tqdm", *sys.stdlib_module_names}
-ALLOWED_IN = {"bc": {"stable_baselines3", "minari"}, "dagger": {"stable_baselines3"}}
+ALLOWED_IN = {"bc": {"stable_baselines3", "minari"}, "fqi": {"minari"}, "dagger": {"stable_baselines3"}}
 COMMON_FLAGS = (
     "env_id seed total_timesteps num_envs device torch_threads compile output_dir resume checkpoint_every"
     " eval_episodes capture_video"
