@@ -16,7 +16,6 @@ Runs train() of algos/bc.py and algos/dagger.py; each finished run is a row of r
 import contextlib
 import importlib
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -25,11 +24,10 @@ from unittest.mock import patch
 
 import gymnasium as gym
 import numpy as np
-import pandas as pd
 import tyro
 from gymnasium.spaces import Box, Discrete
+from rows import measured_rows
 from run import RESULTS, source_sha256
-from tqdm import tqdm
 
 ERROR = 0.002
 """ε"""
@@ -84,6 +82,11 @@ def mistakes(algo: str, horizon: int, seed: int) -> float:
                 return -float(np.mean(script.train(args)["returns"]))
 
 
+def measured(algo: str, horizon: int, seed: int) -> dict:
+    """The row of a run."""
+    return {"mistakes": mistakes(algo, horizon, seed), "code_sha256": source_sha256("ours", algo)}
+
+
 @dataclass
 class Args:
     workers: int = 1
@@ -96,18 +99,8 @@ class Args:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    path = args.results / "compounding_error.csv"
-    rows = pd.read_csv(path).set_index(KEY) if path.exists() else pd.DataFrame()
-    todo = [x for x in product(FLAGS, HORIZONS, range(1, args.seeds + 1)) if x not in rows.index]
-    with ProcessPoolExecutor(args.workers) as pool:
-        futures = {pool.submit(mistakes, *cell): cell for cell in todo}
-        for future in tqdm(as_completed(futures), total=len(todo), unit="run", smoothing=0):
-            cell = futures[future]
-            row = {"mistakes": future.result(), "code_sha256": source_sha256("ours", cell[0])}
-            row = pd.DataFrame([row], index=pd.MultiIndex.from_tuples([cell], names=KEY))
-            rows = pd.concat([rows, row]).sort_index()
-            rows.to_csv(path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)  # a kill leaves the old file whole
+    cells = [*product(FLAGS, HORIZONS, range(1, args.seeds + 1))]
+    rows = measured_rows(args.results / "compounding_error.csv", KEY, cells, measured, args.workers)
     print(rows.groupby(["algo", "horizon"])["mistakes"].describe()[["count", "mean", "std"]].to_string())
 
 

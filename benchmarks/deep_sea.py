@@ -10,9 +10,7 @@ without it after LIMIT episodes is censored. Each finished run is a row of resul
 """
 
 import importlib
-import os
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -20,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import tyro
+from estimates import markdown, number, plt, save, tidy
+from rows import measured_rows
 from run import RESULTS, ROOT, tree_sha256
-from tqdm import tqdm
 
 rmax = importlib.import_module("rmax")  # run.py has put algos/ on the path
 
@@ -43,19 +42,89 @@ def value(env, policy: np.ndarray) -> float:
     return total
 
 
-def episodes_needed(optimism: str, epsilon: float, depth: int, seed: int) -> int:
-    """LIMIT + 1 where LIMIT are not enough."""
+def is_known(seen, env, args) -> bool:
+    """Whether the plan that keeps to what was tried is optimal."""
+    q_values = rmax.plan(rmax.estimate(seen, np.where(seen.counts, 0, -np.inf)), np.zeros(len(seen.counts)), args)
+    return value(env, q_values.argmax(1)) >= 0.99 - 1e-9
+
+
+def code() -> str:
+    """Of what of rmax.py is run here."""
+    return tree_sha256((ROOT / "algos" / "rmax.py").read_text(encoding="utf-8"), ("DeepSea", "play_episode"))
+
+
+def episodes_needed(optimism: str, epsilon: float, depth: int, seed: int) -> dict:
+    """LIMIT + 1 where LIMIT are not enough, and the hash of what was run."""
     args = rmax.Args(optimism=optimism, epsilon=epsilon)
     env, rng, shape = rmax.DeepSea(depth, seed), np.random.default_rng(seed), (depth**2, 2)
     seen, values = rmax.Experience(Counter(), np.zeros(shape, int), np.zeros(shape)), np.zeros(depth**2)
-    for number in range(1, LIMIT + 1):
+    for episodes in range(1, LIMIT + 2):
         total, _, values = rmax.play_episode(env, seen, values, args, rng)
-        if total > 0.5:  # before that nobody can know
-            known = rmax.estimate(seen, np.where(seen.counts, 0, -np.inf))
-            policy = rmax.plan(known, np.zeros(depth**2), args).argmax(1)
-            if value(env, policy) >= 0.99 - 1e-9:
-                return number
-    return LIMIT + 1
+        if episodes > LIMIT or (total > 0.5 and is_known(seen, env, args)):  # before that nobody can know
+            break
+    return {"episodes": episodes, "code_sha256": code()}
+
+
+SECTION = """## Directed and undirected exploration
+
+Episodes until DeepSea's optimal policy is known, median of {seeds} seeds ([deep_sea.py](deep_sea.py) with
+[rmax.py](../algos/rmax.py)); a depth of N has N² states and one rewarded path of N steps. All know that no reward is
+above 1 in size, and nothing else. Look at the two plots, of the same numbers: what is straight on the left is
+exponential in the depth, what is straight on the right polynomial. > says that half of the runs or more had not found
+it after {limit} episodes (hollow in the plots). The last column is fitted to the means of the depths at which every run
+arrived; the exponential's for undirected exploration, the power of N for the others.
+
+{table}
+
+![Episodes over depth, twice]({plot})
+
+"""
+NAMES = {("none", 0.1): "ε-greedy, ε = 0.1", ("none", 1.0): "at random, ε = 1"}
+COLORS = {"rmax": "#0072B2", "ucb": "#56B4E9", "mbie-eb": "#009E73", "beb": "#CC79A7", "thompson": "#E69F00"}
+
+
+def section(results: Path) -> str:
+    """Of the page, "" without deep_sea.csv; draws the plot."""
+    path = results / "deep_sea.csv"
+    if not path.exists():
+        return ""
+    rows = pd.read_csv(path)
+    rows = rows.groupby(KEY[:3]).filter(lambda x: len(x) == rows["seed"].max())  # depths that are complete
+    changed = "" if (rows["code_sha256"] == code()).all() else " †"
+    depths, table = sorted(rows["depth"].unique()), []
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    for optimism, epsilon in UNDIRECTED + DIRECTED:
+        mine = rows[(rows["optimism"] == optimism) & (rows["epsilon"] == epsilon)].groupby("depth")["episodes"]
+        median, name = mine.median(), NAMES.get((optimism, epsilon), optimism)
+        fitted = mine.mean()[mine.max() <= LIMIT]
+        x = fitted.index if optimism == "none" else np.log(fitted.index)
+        slope = np.polyfit(x, np.log(fitted), 1)[0]
+        fit = f"{number(np.exp(slope), 2)}^N" if optimism == "none" else f"N^{number(slope, 2)}"
+        cells = [
+            f"> {LIMIT}" if median.get(n, 0) > LIMIT else number(median[n], 0) if n in median else "–" for n in depths
+        ]
+        table.append({"": name + changed} | dict(zip(depths, cells)) | {"fit": fit})
+        style = dict(color=COLORS.get(optimism, "#D55E00" if epsilon == 0.1 else "#555555"))
+        style |= dict(linestyle="--" if optimism == "none" else "-", linewidth=1.2)
+        low, high, over = mine.quantile(0.25), mine.quantile(0.75), median > LIMIT
+        for ax in axes:
+            ax.plot(median.index, median, **style, label=name)
+            ax.fill_between(median.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            for marked, face in ((~over, style["color"]), (over, "white")):
+                ax.plot(median[marked], "o", markersize=4, markerfacecolor=face, markeredgecolor=style["color"])
+    for ax in axes:
+        ax.set(yscale="log")
+        tidy(ax, "depth N", "episodes until the optimal policy is known")
+    axes[0].set(title="exponential: straight here")
+    axes[1].set(title="polynomial: straight here", xscale="log", xticks=DEPTHS, xticklabels=DEPTHS, ylabel="")
+    axes[1].minorticks_off()
+    axes[0].set(xticks=DEPTHS)
+    for ax in axes:
+        ax.get_legend().remove()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    save(figure, results.parent / "plots" / "deep_sea.png")
+    seeds = rows.groupby(KEY[:3]).size().max()
+    return SECTION.format(table=markdown(table), plot="plots/deep_sea.png", seeds=seeds, limit=LIMIT)
 
 
 @dataclass
@@ -70,21 +139,10 @@ class Args:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    path = args.results / "deep_sea.csv"
-    rows = pd.read_csv(path).set_index(KEY) if path.exists() else pd.DataFrame()
     ways = [*product(DIRECTED + UNDIRECTED, DEPTHS), *product(UNDIRECTED, SHALLOW)]
     ways.sort(key=lambda x: x[1])  # by depth
     cells = [(*way, depth, seed) for way, depth in ways for seed in range(1, args.seeds + 1)]
-    code = tree_sha256((ROOT / "algos" / "rmax.py").read_text(encoding="utf-8"), ("DeepSea", "play_episode"))
-    todo = [x for x in cells if x not in rows.index]
-    with ProcessPoolExecutor(args.workers) as pool:
-        futures = {pool.submit(episodes_needed, *cell): cell for cell in todo}
-        for future in tqdm(as_completed(futures), total=len(todo), unit="run", smoothing=0):
-            row = {"episodes": future.result(), "code_sha256": code}
-            row = pd.DataFrame([row], index=pd.MultiIndex.from_tuples([futures[future]], names=KEY))
-            rows = pd.concat([rows, row]).sort_index()
-            rows.to_csv(path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)  # a kill leaves the old file whole
+    rows = measured_rows(args.results / "deep_sea.csv", KEY, cells, episodes_needed, args.workers)
     print(rows.groupby(KEY[:3])["episodes"].median().unstack("depth").to_string())
 
 
