@@ -10,8 +10,8 @@ and one loop finds them, modified policy iteration (Puterman & Shin 1978):
     V ← T_π … T_π max_a Q,  where T_π V = r_π + γ P_π V          evaluation: k sweeps, max_a Q being the first
 
 k = 1 is value iteration. `exact` solves (I − γ P_π) V = r_π in place of sweeps: policy iteration. Details that matter:
-- The error is bounded, not guessed: a look ahead T with its maximum is a contraction by γ in the maximum norm, so
-  ‖T V − V*‖ ≤ γ / (1 − γ) ‖T V − V‖. Rounding is in the bound, too.
+- The error is bounded, not guessed: Q* − Q lies between γ / (1 − γ) times the least and the greatest of T V − V
+  (MacQueen 1966). The middle is taken, and rounding is in the bound, too. Where episodes can end, 0 is among them.
 - The transition's own `done` cuts the sum, not the state that it leads to: in Taxi and CliffWalking final states have
   rows of their own.
 - A policy keeps its action among equal ones; else exact policy iteration could go round for ever.
@@ -138,7 +138,7 @@ def nearest_end(model: Model, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def modified_policy_iteration(model: Model, gamma: float, sweeps: int | Literal["exact"], q: bool = False) -> Iterator:
-    """From 0 on, for ever: yields (T X, Q, ‖T X − X‖∞) of every iterate X, which is V (S,), or with `q` Q (S, A).
+    """From 0 on, for ever: yields (T X, Q, T X − X) of every iterate X, which is V (S,), or with `q` Q (S, A).
 
     Q (S, A) is the look ahead from X, and T X is Q or its maximum (Puterman 1994, section 6.5).
     """
@@ -151,7 +151,7 @@ def modified_policy_iteration(model: Model, gamma: float, sweeps: int | Literal[
     while True:
         q_values = look_ahead(model, iterate.max(1) if q else iterate, gamma)
         improved = q_values if q else q_values.max(1)
-        yield improved, q_values, np.abs(improved - iterate).max()
+        yield improved, q_values, improved - iterate
         iterate = improved
         if sweeps != 1:
             better = q_values.max(1) > q_values[states, policy] + rounding(model, q_values)
@@ -180,12 +180,16 @@ def solve(args: Args) -> dict:
     run_dir, writer = open_run(args)
     iterates = modified_policy_iteration(model, args.gamma, args.evaluation_sweeps, args.q)
     iterates = itertools.islice(iterates, args.max_iterations)
-    for number, (_, q_values, change) in enumerate(tqdm(iterates, unit=" iterations", desc=args.env_id), 1):
-        rounded = rounding(model, q_values)
-        error = (args.gamma * change + rounded) / (1 - args.gamma) if args.gamma < 1 else change
+    scale = args.gamma / (1 - args.gamma) if args.gamma < 1 else 1.0
+    ends = bool((model.going_on.sum(-1) < 1 - 1e-15).any())  # after which nothing is gained or lost any more
+    for number, (_, q_values, difference) in enumerate(tqdm(iterates, unit=" iterations", desc=args.env_id), 1):
+        rounded, extremes = rounding(model, q_values), np.append(difference, [0.0] * ends)
+        low, high = extremes.min(), extremes.max()
+        error = scale * (high - low) / 2 + rounded / (1 - args.gamma) if args.gamma < 1 else high - low
         writer.add_scalar("losses/error_bound" if args.gamma < 1 else "losses/change", error, number)
-        if error <= args.tolerance or change <= rounded:
+        if error <= args.tolerance or high - low <= rounded:
             break
+    q_values = q_values + scale * (low + high) / 2 * (args.gamma < 1)
     values = q_values.max(1)
     equal = q_values >= values[:, None] - 2 * max(error, rounded)  # to the best, as far as is known
     policy, ends = nearest_end(model, equal & (args.gamma == 1))

@@ -36,7 +36,7 @@ def model(table: dict) -> Model:
 def optimal(table: dict, gamma: float) -> np.ndarray:
     """V* (S,) to rounding: values of policy iteration's last policy."""
     iterates = modified_policy_iteration(model(table), gamma, "exact")
-    return next(values for values, _, change in iterates if change < 1e-10)
+    return next(values for values, _, difference in iterates if np.abs(difference).max() < 1e-10)
 
 
 def register(table: dict, anywhere: bool = False, **kwargs) -> str:

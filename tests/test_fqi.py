@@ -102,10 +102,10 @@ def test_fitted_value_iteration_with_a_table_is_value_iteration():
 
 
 def test_the_regression_is_the_least_squares_solution():
-    """A linear network on 200 steps: the normal equations of each action's own steps, to 1 %; weight decay shrinks."""
+    """A linear network on 400 steps: the normal equations of each action's own steps, to 1 %; weight decay shrinks."""
     torch.manual_seed(1)
-    obs, actions = torch.randn(200, 3), torch.randint(2, (200,))
-    targets = (obs @ torch.tensor([1.0, -2.0, 0.5]) + actions + 0.3 * torch.randn(200)).double()
+    obs, actions = torch.randn(400, 3), torch.randint(2, (400,))
+    targets = (obs @ torch.tensor([1.0, -2.0, 0.5]) + actions + torch.randn(400)).double()
     args = Args(hidden_sizes=(), gradient_steps=2_000, learning_rate=0.05, gamma=0.5)
     found = {}
     for decay in (0.0, 1.0):
@@ -113,10 +113,11 @@ def test_the_regression_is_the_least_squares_solution():
         optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, weight_decay=decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.gradient_steps % 1)
         fit(network, optimizer, scheduler, obs, actions, targets, args)
+        assert scheduler.last_epoch == args.gradient_steps, "the step size falls with each"
         found[decay] = network(obs).detach()
     for a in range(2):
         mine = actions == a
-        inputs = torch.cat([obs, torch.ones(200, 1)], 1)
+        inputs = torch.cat([obs, torch.ones(400, 1)], 1)
         solution = torch.linalg.lstsq(inputs[mine], targets[mine, None].float()).solution
         assert (found[0.0][:, a] - (inputs @ solution)[:, 0]).abs().max() < 0.02 * targets.abs().max()
     assert found[1.0].std() < 0.7 * found[0.0].std()

@@ -79,7 +79,7 @@ def test_stochastic_shortest_paths(seed, tmp_path):
     table = {s: {a: [(p, t, -abs(r) - 0.1, end) for p, t, r, end in x] for a, x in y.items()} for s, y in table.items()}
     for sweeps, q in SCHEDULES:
         iterates = modified_policy_iteration(model(table), 1.0, sweeps, q)
-        _, q_values, _ = next(x for x in iterates if x[2] < 1e-11)
+        _, q_values, _ = next(x for x in iterates if np.abs(x[2]).max() < 1e-11)
         assert np.abs(q_values.max(1) - linear_program(table, 1.0)).max() < 1e-8
 
 
@@ -121,7 +121,9 @@ def test_policy_iteration_improves_in_every_state_and_ends(table, gamma, monkeyp
     monkeypatch.setattr(policy_iteration, "evaluation", watched)
     if gamma == 1 and len(table) == 40:  # at a cost
         table = {s: {a: [(p, t, -1.0, end) for p, t, _, end in x] for a, x in y.items()} for s, y in table.items()}
-    changes = [x[2] for x in itertools.islice(modified_policy_iteration(model(table), gamma, "exact"), 30)]
+    changes = [
+        np.abs(x[2]).max() for x in itertools.islice(modified_policy_iteration(model(table), gamma, "exact"), 30)
+    ]
     last = policies.index(policies[-1])
     assert 1 < last < 20 and len({*policies}) == last + 1 and policies[last:] == [policies[-1]] * (len(policies) - last)
     for old, new in itertools.pairwise(values[: last + 1]):
@@ -131,24 +133,38 @@ def test_policy_iteration_improves_in_every_state_and_ends(table, gamma, monkeyp
 
 @pytest.mark.parametrize("sweeps, q", SCHEDULES)
 @pytest.mark.parametrize("tolerance", [1.0, 1e-3, 1e-9])
-def test_what_is_reached_is_within_the_tolerance_and_as_said(sweeps, q, tolerance, capsys, tmp_path):
-    table, gamma = random_table(2), 0.97
+@pytest.mark.parametrize("end", [0.0, 0.1])
+def test_what_is_reached_is_within_the_tolerance_and_as_said(sweeps, q, tolerance, end, capsys, tmp_path):
+    """V and Q; where nothing ends the bound is far below γ / (1 − γ) times the change, and half of it elsewhere."""
+    table, gamma = random_table(2, end=end), 0.97
     args = Args(register(table), evaluation_sweeps=sweeps, q=q, gamma=gamma, tolerance=tolerance, eval_episodes=1)
     args.output_dir = str(tmp_path)
     found = solve(args)
     said = float(re.search(r"\d+ iterations: ‖V − V\*‖ ≤ (\S+)\n", capsys.readouterr().out)[1])
-    error = np.abs(found["V"] - optimal(table, gamma)).max()
-    assert error <= said * 1.1 <= tolerance * 1.1
+    best = policy_iteration.look_ahead(model(table), optimal(table, gamma), gamma)
+    error = np.abs(found["Q"] - best).max()
+    assert (found["V"] == found["Q"].max(1)).all() and error <= said * 1.1 <= tolerance * 1.1
     events = EventAccumulator(str(found["run_dir"])).Reload()
     bounds = [x.value for x in events.Scalars("losses/error_bound")]
     assert bounds[-1] == pytest.approx(said, rel=0.05) and min(bounds[:-1]) > tolerance, "it stops at once"
 
 
+@pytest.mark.parametrize("states", [1, 12])
+def test_where_nothing_ends_few_sweeps_are_enough(states, capsys, tmp_path):
+    """The same reward everywhere: the second iterate is V* = 100 but for a constant, which the bounds know."""
+    table = {s: {0: [(1.0, (s + 1) % states, 1.0, False)]} for s in range(states)}
+    args = Args(register(table, max_episode_steps=9), evaluation_sweeps=1, eval_episodes=1, output_dir=str(tmp_path))
+    assert solve(args)["V"] == pytest.approx(100)
+    assert re.search(r"^1 iterations", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_the_bound_is_tight():
     """One state, reward 1 for ever: after k sweeps γᵏ / (1 − γ) is missing, and that is what the bound says."""
     table = {0: {0: [(1.0, 0, 1.0, False)]}}
-    for k, (values, _, change) in enumerate(itertools.islice(modified_policy_iteration(model(table), 0.5, 1), 30), 1):
-        assert 2 - values[0] == pytest.approx(0.5**k / 0.5) == pytest.approx(0.5 / (1 - 0.5) * change)
+    for k, (values, _, difference) in enumerate(
+        itertools.islice(modified_policy_iteration(model(table), 0.5, 1), 30), 1
+    ):
+        assert 2 - values[0] == pytest.approx(0.5**k / 0.5) == pytest.approx(0.5 / (1 - 0.5) * difference[0])
 
 
 @pytest.mark.parametrize("q", [False, True])
@@ -243,7 +259,8 @@ def test_what_never_ends_has_no_value_without_a_discount(table, sweeps, state, c
 
 def test_it_stops_at_max_iterations_and_says_so(capsys, tmp_path):
     env_id = register({0: {0: [(1.0, 0, 0.0, True)], 1: [(1.0, 0, 1.0, False)]}}, max_episode_steps=10)
-    solve(Args(env_id, gamma=1.0, evaluation_sweeps=1, max_iterations=20, output_dir=str(tmp_path)))
+    found = solve(Args(env_id, gamma=1.0, evaluation_sweeps=1, max_iterations=20, output_dir=str(tmp_path)))
+    assert found["V"].tolist() == [20]
     assert "20 iterations: the last changed V by 1.0e+00, above --tolerance\n" in capsys.readouterr().out
 
 
