@@ -147,7 +147,7 @@ def fit_table(table: Table, observations: Tensor, columns: Tensor, targets: Tens
     table.weight.data.view(-1).scatter_reduce_(0, places, targets, "mean", include_self=False)
 
 
-def fit(function, optimizer, scheduler, observations: Tensor, columns: Tensor, targets: Tensor, args: Args) -> None:
+def fit_network(function, optimizer, scheduler, observations: Tensor, columns, targets, args: Args) -> None:
     """φ ← argmin Σ (f_φ(s)[column] − y)², by minibatches; columns (N,) are actions, or of V all 0."""
     for _ in range(args.gradient_steps):
         rows = torch.randint(len(targets), (args.batch_size,))
@@ -178,7 +178,7 @@ def collect(env: gym.Env, act, epsilon: float, args: Args, episodes: list, seed:
     return Dataset(*(torch.as_tensor(np.array(x)) for x in zip(*steps)))
 
 
-def read_dataset(args: Args, env: gym.Env) -> Dataset:
+def read_transitions(args: Args, env: gym.Env) -> Dataset:
     """The steps of the Minari dataset --dataset."""
     try:
         dataset = importlib.import_module("minari").load_dataset(args.dataset, download=True)
@@ -210,7 +210,7 @@ def train(args: Args) -> dict:
     actions.seed(args.seed)
     start, collected, episodes = time.time(), 0, []
     act = torch.no_grad()(lambda obs: policy(torch.as_tensor(np.array([obs])))[0].item())
-    data = read_dataset(args, env) if args.dataset else collect(env, act, 1.0, args, episodes, args.seed)
+    data = read_transitions(args, env) if args.dataset else collect(env, act, 1.0, args, episodes, args.seed)
     outputs = int(actions.n) if args.iterate == "q" else 1
     network = FittedNetwork(space, outputs, data.observations, args)
     function = Table(space, outputs) if args.features == "table" else network
@@ -230,7 +230,7 @@ def train(args: Args) -> dict:
             if function is not network:
                 fit_table(function, data.observations, columns, targets)
             else:
-                fit(function, optimizer, scheduler, data.observations, columns, targets, args)
+                fit_network(function, optimizer, scheduler, data.observations, columns, targets, args)
             values = function(data.observations).detach().gather(1, columns[:, None])[:, 0]
             loss = (values - targets).square().mean().item()
             if not math.isfinite(loss):

@@ -26,7 +26,7 @@ td_lambda = importlib.import_module("td_lambda")  # run.py has put algos/ on the
 
 KEY = ["trace_decay", "learning_rate"]
 DECAYS = (0.0, 0.4, 0.6, 0.8, 0.9, 0.95, 1.0)
-RATES = (0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2)
+RATES = (0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
 EPISODES, REPETITIONS = 10, 100
 TRUTH = (torch.arange(19) - 9) / 10
 
@@ -60,7 +60,8 @@ def code() -> str:
     return tree_sha256(text, ("RandomWalk", "ValueFunction", "play", "td_loss"))
 
 
-SECTION = """## Bias against variance
+SECTION = """
+## Bias against variance
 
 The error of TD(λ)'s values, [td_lambda.py](../algos/td_lambda.py), on the walk of 19 states in its first {episodes}
 episodes, mean of {repetitions} ([random_walk.py](random_walk.py)). λ = 0 believes its own estimates, which are wrong at
@@ -70,7 +71,6 @@ first; λ = 1 believes whole noisy returns. Look at each λ's best step size: th
 {table}
 
 ![Error over the step size for each λ, and the best over λ]({plot})
-
 """
 
 
@@ -85,7 +85,7 @@ def section(results: Path) -> str:
     best = rows.loc[rows.groupby("trace_decay")["error"].idxmin()]
     for decay, mine in rows.groupby("trace_decay"):
         left.plot(mine["learning_rate"], mine["error"].clip(upper=1), marker=".", label=f"λ = {decay:g}")
-    left.set(xscale="log", ylim=(0.2, 0.56))
+    left.set(xscale="log", ylim=(0.3, 0.56))
     tidy(left, "step size α", "RMS error of V")
     right.errorbar(range(len(best)), best["error"], 1.96 * best["deviation"], marker="o", capsize=3, label="best α")
     right.set(xticks=range(len(best)), xticklabels=[f"{x:g}" for x in best["trace_decay"]])

@@ -19,7 +19,7 @@ from fqi import (
     FittedNetwork,
     Table,
     collect,
-    fit,
+    fit_network,
     fit_table,
     model_q_values,
     q_targets,
@@ -112,7 +112,7 @@ def test_the_regression_is_the_least_squares_solution():
         network = FittedNetwork(Box(-9, 9, (3,)), 2, obs, args)
         optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, weight_decay=decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.gradient_steps % 1)
-        fit(network, optimizer, scheduler, obs, actions, targets, args)
+        fit_network(network, optimizer, scheduler, obs, actions, targets, args)
         assert scheduler.last_epoch == args.gradient_steps, "the step size falls with each"
         found[decay] = network(obs).detach()
     for a in range(2):
@@ -148,7 +148,7 @@ def test_a_backup_and_a_projection_together_are_no_contraction(features):
         else:
             optimizer = torch.optim.Adam(function.parameters(), args.learning_rate)
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.gradient_steps % 1)
-            fit(
+            fit_network(
                 function,
                 optimizer,
                 scheduler,
@@ -224,8 +224,8 @@ def test_data_grow_with_the_policy(tmp_path):
 
 
 def test_growing_data_keep_what_there_was_and_add_the_policys(monkeypatch, tmp_path):
-    seen, original = [], fqi.fit
-    monkeypatch.setattr(fqi, "fit", lambda *x: seen.append((x[3].clone(), x[4].clone())) or original(*x))
+    seen, original = [], fqi.fit_network
+    monkeypatch.setattr(fqi, "fit_network", lambda *x: seen.append((x[3].clone(), x[4].clone())) or original(*x))
     trained("--iterations 4 --collect-every 2 --epsilon 0", tmp_path)
     assert [len(x[0]) for x in seen] == [300, 300, 600, 600]
     assert (seen[-1][0][:300] == seen[0][0]).all()
@@ -262,7 +262,7 @@ def test_offline_data_stay_offline(dataset, monkeypatch, tmp_path):
     """The steps are the dataset's, a cut episode's last is not terminal, and no step is taken for more."""
     episodes, name = dataset
     env = gym.make("CartPole-v1")
-    data = fqi.read_dataset(Args(dataset=name), env)
+    data = fqi.read_transitions(Args(dataset=name), env)
     observations = np.concatenate([np.array(x.observations)[:-1] for x in episodes])
     following = np.concatenate([np.array(x.observations)[1:] for x in episodes])
     assert (data.observations.numpy() == observations).all() and (data.next_observations.numpy() == following).all()
