@@ -14,7 +14,6 @@ that the environment's table is; Algorithm 10 is `--collect-every`. Details that
 
     python algos/fqi.py                                                   # CartPole-v1 from 10 000 random steps
     python algos/fqi.py --env-id FrozenLake-v1                            # a table; --iterate v: with the model
-    python algos/fqi.py --env-id Acrobot-v1 --collect-every 10            # data grow with the policy
 """
 
 import hashlib
@@ -72,7 +71,6 @@ class Args:
 
 RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit flag wins
     "FrozenLake-v1": dict(features="table", iterations=300, gamma=0.99),
-    "Taxi-v4": dict(features="table", transitions=100_000),
 }
 
 
@@ -80,7 +78,7 @@ RECOMMENDED = {  # by environment id: `--env-id` alone takes them, an explicit f
 
 
 class FittedNetwork(nn.Module):
-    """Q(s, ·), (B, A), or V(s), (B, 1), of observations (B, …), which the data standardise, or one-hot of Discrete."""
+    """Q(s, ·), (B, A), or V(s), (B, 1), of observations (B, …), which the data standardise, or indices (B,)."""
 
     def __init__(self, space: gym.Space, outputs: int, observations: Tensor, args: Args):
         super().__init__()
@@ -92,37 +90,24 @@ class FittedNetwork(nn.Module):
         self.network = nn.Sequential(*[x for layer in layers for x in (layer, nn.ReLU())][:-1])
 
     def forward(self, obs: Tensor) -> Tensor:
-        one_hot = isinstance(self.space, Discrete)
-        obs = F.one_hot(obs - int(self.space.start), int(self.space.n)) if one_hot else obs.flatten(1)
+        obs = F.one_hot(obs, int(self.space.n)) if isinstance(self.space, Discrete) else obs.flatten(1)
         return self.scale * self.network((obs - self.mean) / self.std)
 
 
-class Table(nn.Embedding):
-    """The same of Discrete observations (B,): a weight (S, A) or (S, 1), float64, of zeros at first."""
-
-    def __init__(self, space: Discrete, outputs: int):
-        super().__init__(int(space.n), outputs, dtype=torch.float64)
-        self.first_state = int(space.start)
-        nn.init.zeros_(self.weight)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return super().forward(obs - self.first_state)
-
-
 class GreedyPolicy(nn.Module):
-    """Observations (B, …) → the actions (B,) that are best by Q, as the environment takes them."""
+    """The environment's own observations (B, …) → its actions (B,), those that are best by Q, which has indices."""
 
-    def __init__(self, q_function: nn.Module, first_action: int):
+    def __init__(self, q_function: nn.Module, first_state: int, first_action: int):
         super().__init__()
-        self.q_function, self.first_action = q_function, first_action
+        self.q_function, self.first_state, self.first_action = q_function, first_state, first_action
 
     def forward(self, obs: Tensor) -> Tensor:
-        return self.q_function(obs).argmax(1) + self.first_action
+        return self.q_function(obs - self.first_state).argmax(1) + self.first_action
 
 
 # The maths --------------------------------------------------------------------------------------------------
 
-# Steps: observations and next_observations (N, …), actions (N,) as indices, rewards (N,), terminated (N,).
+# Steps: observations, next_observations (N, …), actions, rewards, terminated (N,); of Discrete spaces indices from 0.
 Dataset = namedtuple("Dataset", "observations actions rewards next_observations terminated")
 
 
@@ -133,17 +118,17 @@ def q_targets(q_function: nn.Module, data: Dataset, gamma: float) -> Tensor:
 
 
 @torch.no_grad()
-def model_q_values(v_function: nn.Module, table, space: Discrete, gamma: float) -> Tensor:
+def model_q_values(v_function: nn.Module, table, states: int, gamma: float) -> Tensor:
     """Q (S, A) = Σ p (r + γ V(s')) of gymnasium's table: table[s][a] is a list of (p, s', r, done) (Algorithm 8)."""
-    rows = [(s, a, *row) for s in range(int(space.n)) for a in range(len(table[s])) for row in table[s][a]]
+    rows = [(s, a, *row) for s in range(states) for a in range(len(table[s])) for row in table[s][a]]
     s, a, p, successors, rewards, done = torch.tensor(rows, dtype=torch.float64).T
-    values = p * (rewards + gamma * (1 - done) * v_function(successors.long() + int(space.start))[:, 0])
-    return torch.zeros(int(space.n), len(table[0])).double().index_put((s.long(), a.long()), values, accumulate=True)
+    values = p * (rewards + gamma * (1 - done) * v_function(successors.long())[:, 0])
+    return torch.zeros(states, len(table[0])).double().index_put((s.long(), a.long()), values, accumulate=True)
 
 
-def fit_table(table: Table, observations: Tensor, columns: Tensor, targets: Tensor) -> None:
+def fit_table(table: nn.Embedding, observations: Tensor, columns: Tensor, targets: Tensor) -> None:
     """The exact projection: f(s)[column] ← the mean of its targets (N,); what is not among them keeps its value."""
-    places = (observations - table.first_state) * table.weight.shape[1] + columns
+    places = observations * table.weight.shape[1] + columns
     table.weight.data.view(-1).scatter_reduce_(0, places, targets, "mean", include_self=False)
 
 
@@ -164,13 +149,13 @@ def fit_network(function, optimizer, scheduler, observations: Tensor, columns, t
 
 def collect(env: gym.Env, act, epsilon: float, args: Args, episodes: list, seed: int | None = None) -> Dataset:
     """--transitions steps, ε-greedy by `act`, from an observation to an action; episodes gets (return, length)s."""
-    steps, total, length, (obs, _) = [], 0.0, 0, env.reset(seed=seed)
+    steps, total, length, (obs, _), first = [], 0.0, 0, env.reset(seed=seed), getattr(env.observation_space, "start", 0)
     for number in range(args.transitions):
         action = env.action_space.sample() if torch.rand(()) < epsilon else act(obs)
         next_obs, reward, terminated, truncated, _ = env.step(action)
         if not math.isfinite(reward := float(reward)):
             fail(f"the reward of step {number} is not finite", code=1)
-        steps.append((np.array(obs), action - env.action_space.start, reward, np.array(next_obs), terminated))
+        steps.append((obs - first, action - env.action_space.start, reward, next_obs - first, terminated))  # copies
         obs, total, length = next_obs, total + reward, length + 1
         if terminated or truncated:
             episodes.append((total, length))
@@ -186,9 +171,11 @@ def read_transitions(args: Args, env: gym.Env) -> Dataset:
         fail(f'--dataset {args.dataset} cannot be had ({error!s:.200}); it takes pip install "minari[hdf5,hf]"')
     if (dataset.observation_space, dataset.action_space) != (env.observation_space, env.action_space):
         fail(f"--dataset {args.dataset} has other spaces than {args.env_id}: {dataset.observation_space}")
-    first = env.action_space.start
-    steps = lambda x: (x.observations[:-1], x.actions - first, x.rewards, x.observations[1:], x.terminations)  # noqa: E731
-    return Dataset(*(torch.as_tensor(np.concatenate(x)) for x in zip(*map(steps, dataset.iterate_episodes()))))
+    first, episodes = getattr(env.observation_space, "start", 0), dataset.iterate_episodes()
+    steps = [(x.observations[:-1], x.actions, x.rewards, x.observations[1:], x.terminations) for x in episodes]
+    obs, actions, rewards, next_obs, terminated = map(np.concatenate, zip(*steps))
+    columns = obs - first, actions - env.action_space.start, rewards, next_obs - first, terminated
+    return Dataset(*map(torch.as_tensor, columns))
 
 
 def train(args: Args) -> dict:
@@ -211,21 +198,21 @@ def train(args: Args) -> dict:
     start, collected, episodes = time.time(), 0, []
     act = torch.no_grad()(lambda obs: policy(torch.as_tensor(np.array([obs])))[0].item())
     data = read_transitions(args, env) if args.dataset else collect(env, act, 1.0, args, episodes, args.seed)
-    outputs = int(actions.n) if args.iterate == "q" else 1
-    network = FittedNetwork(space, outputs, data.observations, args)
-    function = Table(space, outputs) if args.features == "table" else network
-    q_function = function if args.iterate == "q" else Table(space, int(actions.n))  # of V the look ahead
-    policy = GreedyPolicy(q_function, int(actions.start))
+    columns = int(actions.n) if args.iterate == "q" else 1
+    table = lambda columns: nn.Embedding.from_pretrained(torch.zeros(int(space.n), columns).double())  # noqa: E731
+    network = FittedNetwork(space, columns, data.observations, args)
+    function = table(columns) if args.features == "table" else network
+    q_function = function if args.iterate == "q" else table(int(actions.n))  # of V the look ahead
+    policy = GreedyPolicy(q_function, int(getattr(space, "start", 0)), int(actions.start))
     optimizer = torch.optim.Adam(function.parameters(), args.learning_rate, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.gradient_steps % 1)
-    rounds = tqdm(range(1, args.iterations + 1), unit="round", desc=args.env_id)
-    with open(run_dir / "monitor.csv", "w", newline="") as monitor, rounds:
+    with open(run_dir / "monitor.csv", "w", newline="") as monitor, tqdm(range(1, args.iterations + 1)) as rounds:
         monitor.write(f"#{json.dumps({'t_start': start, 'env_id': args.env_id})}\nr,l,t\n")
         for number in rounds:
             if args.iterate == "q":
                 columns, targets = data.actions, q_targets(function, data, args.gamma)
             else:
-                q_function.weight.data.copy_(model_q_values(function, env.unwrapped.P, space, args.gamma))
+                q_function.weight.data.copy_(model_q_values(function, env.unwrapped.P, int(space.n), args.gamma))
                 columns, targets = 0 * data.actions, q_function(data.observations).detach().amax(1)
             if function is not network:
                 fit_table(function, data.observations, columns, targets)
@@ -248,7 +235,7 @@ def train(args: Args) -> dict:
                 data = Dataset(*map(torch.cat, zip(data, collect(env, act, args.epsilon, args, episodes))))
     policy.eval()
     if isinstance(space, Discrete):
-        q_values = q_function(torch.arange(int(space.n)) + int(space.start)).detach().numpy()
+        q_values = q_function(torch.arange(int(space.n))).detach().numpy()
         np.savez(run_dir / "solution.npz", V=q_values.max(1), Q=q_values, policy=q_values.argmax(1))
     example, shapes = torch.as_tensor(np.array([env.observation_space.sample()] * 2)), ({0: torch.export.Dim("batch")},)
     torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=shapes), run_dir / "policy.pt2")

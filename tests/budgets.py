@@ -28,7 +28,7 @@ ALGOS = Path(__file__).resolve().parent.parent / "algos"
 SECTION = re.compile(r"# (\w[^\n]*?) -{3,}$")
 """The line that begins a section."""
 DOCSTRING, PLUMBING, REST = 30, 230, 360
-WHOLE = {"fqi": 333, "policy_iteration": 320, "q_learning": 320, "rmax": 320, "td_lambda": 320}
+WHOLE = {name: 320 for name in ("fqi", "policy_iteration", "q_learning", "rmax", "td_lambda")}
 """Files that work on tables: docstring to the last line, in place of plumbing and the rest."""
 REST_OF = {"ppo": 380, "ppo_atari": 380, "trpo": 450, "kfac": 450, "bc": 450, "mbpo": 700}
 KNOWN = {

@@ -17,7 +17,6 @@ from fqi import (
     Args,
     Dataset,
     FittedNetwork,
-    Table,
     collect,
     fit_network,
     fit_table,
@@ -31,6 +30,12 @@ from stable_baselines3.common.monitor import load_results
 from tables import model, optimal, random_table, register
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+
+
+def table_of(states: int, outputs: int) -> nn.Embedding:
+    """A table of zeros, as in train()."""
+    return nn.Embedding.from_pretrained(torch.zeros(states, outputs).double())
+
 
 FEW = "--transitions 300 --iterations 3 --gradient-steps 20 --eval-episodes 2"
 
@@ -55,20 +60,20 @@ def trained(flags: str, folder) -> dict:
 
 def test_targets_are_what_their_definition_says():
     """The next state's values are 3 and 5; a terminal one has none."""
-    table = Table(Discrete(2), 2)
+    table = table_of(2, 2)
     table.weight.data.copy_(torch.tensor([[1.0, 2.0], [3.0, 5.0]]))
     data = steps((0, 1, 0.5, 1, False), (0, 1, 0.5, 1, True), (1, 0, -1.0, 0, False))
     assert q_targets(table, data, 0.9).tolist() == pytest.approx([0.5 + 4.5, 0.5, -1 + 1.8])
 
 
 def test_a_tables_projection_is_the_mean_and_leaves_the_rest():
-    table = Table(Discrete(3, start=4), 2)
+    table = table_of(3, 2)
     table.weight.data.fill_(7.0)
     fit_table(
-        table, torch.tensor([4, 6, 6, 6]), torch.tensor([1, 0, 0, 1]), torch.tensor([1.0, 2.0, 5.0, -1.0]).double()
+        table, torch.tensor([0, 2, 2, 2]), torch.tensor([1, 0, 0, 1]), torch.tensor([1.0, 2.0, 5.0, -1.0]).double()
     )
     assert table.weight.tolist() == [[7, 1], [7, 7], [3.5, -1]]
-    assert table(torch.tensor([6, 4])).tolist() == [[3.5, -1], [7, 1]]
+    assert table(torch.tensor([2, 0])).tolist() == [[3.5, -1], [7, 1]]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -81,7 +86,7 @@ def test_with_a_table_and_all_pairs_it_is_value_iteration_on_the_empirical_model
         rows[s][a].append((r, successor, terminated))
     assert all(rows[s][a] for s in rows for a in rows[s])
     empirical = {s: {a: [(1 / len(x), t, r, d) for r, t, d in x] for a, x in rows[s].items()} for s in rows}
-    found, expected = Table(Discrete(12), 3), np.zeros((12, 3))
+    found, expected = table_of(12, 3), np.zeros((12, 3))
     for _ in range(30):
         fit_table(found, data.observations, data.actions, q_targets(found, data, gamma))
         expected = policy_iteration.look_ahead(model(empirical), expected.max(1), gamma)
@@ -89,12 +94,12 @@ def test_with_a_table_and_all_pairs_it_is_value_iteration_on_the_empirical_model
 
 
 def test_fitted_value_iteration_with_a_table_is_value_iteration():
-    """On a random table; also where the observations begin at 5."""
+    """On a random table."""
     table, gamma = random_table(3), 0.9
-    values, expected = Table(Discrete(12, start=5), 1), np.zeros(12)
-    states = torch.arange(12) + 5
+    values, expected = table_of(12, 1), np.zeros(12)
+    states = torch.arange(12)
     for _ in range(20):
-        q_values = model_q_values(values, table, Discrete(12, start=5), gamma)
+        q_values = model_q_values(values, table, 12, gamma)
         expected_q = policy_iteration.look_ahead(model(table), expected, gamma)
         assert np.abs(q_values.numpy() - expected_q).max() < 1e-9
         fit_table(values, states, 0 * states, q_values.amax(1))
@@ -132,7 +137,7 @@ def test_a_backup_and_a_projection_together_are_no_contraction(features):
     gamma = 0.95
     data = steps((0, 0, 0.0, 1, False), (1, 0, 0.0, 1, False))
     if features == "table":
-        function = Table(Discrete(2), 1)
+        function = table_of(2, 1)
         function.weight.data.copy_(torch.tensor([[1.0], [2.0]]))
     else:
         function = nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 1)), nn.Linear(1, 1, bias=False))
@@ -167,9 +172,9 @@ def test_networks_standardise_by_the_data_and_take_indices():
     network = FittedNetwork(Box(-9, 9, (3,)), 2, obs, Args())
     assert network.mean.tolist() == [2, 5, 6] and network.std.tolist() == pytest.approx([2**0.5, 1, 18**0.5])
     assert network(obs).shape == (2, 2)
-    indices = FittedNetwork(Discrete(4, start=2), 3, torch.tensor([2, 5]), Args(hidden_sizes=()))
+    indices = FittedNetwork(Discrete(4), 3, torch.tensor([0, 3]), Args(hidden_sizes=()))
     weight, bias = indices.network[0].weight, indices.network[0].bias
-    assert torch.allclose(indices(torch.tensor([3, 5])), 20 * (weight.T[[1, 3]] + bias))
+    assert torch.allclose(indices(torch.tensor([1, 3])), 20 * (weight.T[[1, 3]] + bias))
 
 
 # Data -------------------------------------------------------------------------------------------------------
@@ -324,6 +329,32 @@ def test_frozen_lake(iterate, tmp_path):
         policy = torch.export.load(found["run_dir"] / "policy.pt2").module()
         assert policy(torch.arange(16)).tolist() == kept["policy"].tolist()
     assert found["returns"].mean() > 0.65
+
+
+@pytest.mark.parametrize(
+    "flags", ["--features table", "--hidden-sizes 8 --learning-rate 0.02 --gradient-steps 100 --collect-every 4"]
+)
+def test_spaces_that_do_not_begin_at_0(flags, tmp_path):
+    class Shifted(gym.Env):
+        observation_space, action_space = Discrete(3, start=5), Discrete(2, start=-1)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.state = 5
+            return 5, {}
+
+        def step(self, action):
+            assert action in (-1, 0)
+            self.state += int(action == 0)
+            ended = self.state == 7
+            return self.state, float(ended), ended, False, {}
+
+    gym.registry.pop("Shifted-v0", None)
+    gym.register("Shifted-v0", Shifted, max_episode_steps=30)
+    found = trained(f"--env-id Shifted-v0 --iterations 12 --weight-decay 0 {flags}", tmp_path)
+    assert found["returns"].tolist() == [1, 1]
+    policy = torch.export.load(found["run_dir"] / "policy.pt2").module()
+    assert policy(torch.tensor([5, 6])).tolist() == [0, 0]
 
 
 def test_the_same_seed_is_the_same_run(tmp_path):
