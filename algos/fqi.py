@@ -90,7 +90,7 @@ class FittedNetwork(nn.Module):
         self.network = nn.Sequential(*[x for layer in layers for x in (layer, nn.ReLU())][:-1])
 
     def forward(self, obs: Tensor) -> Tensor:
-        obs = F.one_hot(obs, int(self.space.n)) if isinstance(self.space, Discrete) else obs.flatten(1)
+        obs = F.one_hot(obs, int(self.space.n)) if isinstance(self.space, Discrete) else obs.flatten(1).float()
         return self.scale * self.network((obs - self.mean) / self.std)
 
 

@@ -116,7 +116,8 @@ def section(results: Path) -> str:
         ax.set(yscale="log")
         tidy(ax, "depth N", "episodes until the optimal policy is known")
     axes[0].set(title="exponential: straight here")
-    axes[1].set(title="polynomial: straight here", xscale="log", xticks=(2, 4, 8, 16, 32), xticklabels=(2, 4, 8, 16, 32), ylabel="")
+    axes[1].set(title="polynomial: straight here", xscale="log", ylabel="")
+    axes[1].set(xticks=(2, 4, 8, 16, 32), xticklabels=(2, 4, 8, 16, 32))
     axes[1].minorticks_off()
     axes[0].set(xticks=DEPTHS)
     for ax in axes:

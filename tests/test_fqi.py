@@ -357,6 +357,25 @@ def test_spaces_that_do_not_begin_at_0(flags, tmp_path):
     assert policy(torch.tensor([5, 6])).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("space", [Box(-9, 9, (2,), np.float64), Box(0, 255, (3, 8, 8), np.uint8)])
+def test_other_observations(space, tmp_path):
+    class Some(gym.Env):
+        observation_space, action_space = space, Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return space.sample(), {}
+
+        def step(self, action):
+            return space.sample(), 1.0, False, False, {}
+
+    gym.registry.pop("Some-v0", None)
+    gym.register("Some-v0", Some, max_episode_steps=10)
+    found = trained("--env-id Some-v0 --hidden-sizes 8", tmp_path)
+    policy = torch.export.load(found["run_dir"] / "policy.pt2").module()
+    assert policy(torch.as_tensor(np.array([space.sample()] * 3))).shape == (3,)
+
+
 def test_the_same_seed_is_the_same_run(tmp_path):
     runs = [trained(f"--seed {seed} --collect-every 1", tmp_path) for seed in (1, 1, 2)]
     weights = [torch.cat([x.flatten() for x in run["function"].parameters()]) for run in runs]
