@@ -322,6 +322,21 @@ def test_the_same_seed_is_the_same_run(optimism, tmp_path):
     assert texts[0] == texts[1] != texts[2] and (runs[0]["Q"] == runs[1]["Q"]).all()
 
 
+def test_the_seed_is_the_explorers_too(tmp_path):
+    """No chance is at work in DeepSea."""
+    args = Args("DeepSea8-v0", total_timesteps=200, eval_episodes=1, output_dir=str(tmp_path))
+    runs = [load_results(str(train(replace(args, seed=seed))["run_dir"]))["r"].tolist() for seed in (1, 2)]
+    assert runs[0] != runs[1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_evaluated_was_tried(seed, tmp_path):
+    """After one step, which cost something, the other action is not thought to be better."""
+    env_id = register({0: {a: [(1.0, 0, -1.0, True)] for a in range(2)}}, max_episode_steps=5)
+    found = train(Args(env_id, seed=seed, total_timesteps=1, eval_episodes=1, output_dir=str(tmp_path)))
+    assert found["V"].tolist() == [-1] and found["Q"].min() == pytest.approx(-100)
+
+
 def test_spaces_that_do_not_begin_at_0(tmp_path):
     class Shifted(gym.Env):
         observation_space, action_space = Discrete(3, start=5), Discrete(2, start=-1)
