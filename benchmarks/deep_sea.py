@@ -98,8 +98,9 @@ def section(results: Path) -> str:
         median, name = mine.median(), NAMES.get((optimism, epsilon), optimism)
         fitted = mine.mean()[mine.max() <= LIMIT]
         x = fitted.index if optimism == "none" else np.log(fitted.index)
-        slope = np.polyfit(x, np.log(fitted), 1)[0]
+        slope = np.polyfit(x, np.log(fitted), 1)[0] if len(x) > 2 else np.nan
         fit = f"{number(np.exp(slope), 2)}^N" if optimism == "none" else f"N^{number(slope, 2)}"
+        fit = "–" if np.isnan(slope) else fit
         cells = [
             f"> {LIMIT}" if median.get(n, 0) > LIMIT else number(median[n], 0) if n in median else "–" for n in depths
         ]

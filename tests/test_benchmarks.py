@@ -6,19 +6,23 @@ import os
 import re
 import runpy
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, fields, replace
 from itertools import product
 from pathlib import Path
 
 import compounding_error
+import deep_sea
 import gymnasium as gym
 import numpy as np
 import pandas as pd
 import ppo
 import ppo_atari
 import pytest
+import random_walk
 import report
+import rows as rows_module
 import run
 import sb3
 import steps_to_solve
@@ -916,7 +920,7 @@ def test_a_clone_stays_down_and_dagger_comes_back(monkeypatch):
 
 def test_compounding_error_measures_what_is_missing(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(compounding_error, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(rows_module, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(compounding_error, "mistakes", lambda *cell: asked.append(cell) or cell[1] / 4)
     for seeds in (1, 1, 2):
         monkeypatch.setattr("sys.argv", ["", "--seeds", str(seeds), "--results", str(tmp_path)])
@@ -931,6 +935,52 @@ def test_compounding_error_measures_what_is_missing(tmp_path, monkeypatch):
     assert (tmp_path.parent / "plots" / "compounding_error.png").exists()
     rows.drop(index=[("bc", 10, 1)]).assign(code_sha256="older").to_csv(tmp_path / "compounding_error.csv")
     assert "1 seeds" in report.compounding(tmp_path) and "| bc † |" in report.compounding(tmp_path)
+
+
+def test_deep_sea_measures_what_is_missing_and_draws_what_is_complete(tmp_path, monkeypatch):
+    """Real runs, of 20 episodes at most: at random some of depth 7 are censored, R-max's are not."""
+    for name, value in {"DEPTHS": (4, 7), "SHALLOW": (3,), "LIMIT": 20, "UNDIRECTED": [("none", 1.0)]}.items():
+        monkeypatch.setattr(deep_sea, name, value)
+    monkeypatch.setattr(deep_sea, "DIRECTED", [("rmax", 0.0)])
+    monkeypatch.setattr(rows_module, "ProcessPoolExecutor", ThreadPoolExecutor)
+    asked, original = [], deep_sea.episodes_needed
+    monkeypatch.setattr(deep_sea, "episodes_needed", lambda *cell: asked.append(cell) or original(*cell))
+    for seeds in (2, 3):
+        monkeypatch.setattr("sys.argv", ["", "--seeds", str(seeds), "--results", str(tmp_path)])
+        deep_sea.main()
+    assert len(asked) == len({*asked}) == 3 * 5
+    rows = pd.read_csv(tmp_path / "deep_sea.csv", index_col=deep_sea.KEY)["episodes"]
+    assert (rows["rmax"] <= 20).all() and (rows["none"].xs(7, level="depth") == 21).any() and rows.min() >= 1
+    text = deep_sea.section(tmp_path)
+    assert "| rmax | –" in text and "median of 3 seeds" in text and "†" not in text
+    assert (tmp_path.parent / "plots" / "deep_sea.png").exists()
+    rows.to_frame().assign(code_sha256="older").drop(index=[("rmax", 0.0, 7, 1)]).to_csv(tmp_path / "deep_sea.csv")
+    text = deep_sea.section(tmp_path)
+    assert "| rmax † | – |" in text and text.count("> 20") >= 1
+
+
+def test_an_optimal_plan_is_told_from_another():
+    env, args = deep_sea.rmax.DeepSea(5, 1), deep_sea.rmax.Args()
+    seen = deep_sea.rmax.Experience(Counter(), np.zeros((25, 2), int), np.zeros((25, 2)))
+    for state, action in product(range(25), range(2)):
+        ((_, to, reward, done),) = env.P[state][action]
+        seen.followed[2 * state + action, 25 if done else to] += 1
+        seen.counts[state, action], seen.rewards[state, action] = 1, reward
+    assert deep_sea.is_known(seen, env, args)
+    seen.rewards[24] = 0.0
+    assert not deep_sea.is_known(seen, env, args)
+
+
+def test_the_error_of_values_on_the_random_walk(tmp_path, monkeypatch):
+    """A step size of almost 0 leaves V at 0, whose error is that of −0.9, …, 0.9; a small one lowers it."""
+    monkeypatch.setattr(random_walk, "REPETITIONS", 3)
+    at_zero = np.sqrt(np.mean(np.square(np.arange(-9, 10) / 10)))
+    rows = [random_walk.error(0.8, rate) for rate in (1e-9, 0.05)]
+    assert rows[0]["error"] == pytest.approx(at_zero, rel=1e-5) and rows[1]["error"] < 0.95 * at_zero
+    index = pd.MultiIndex.from_tuples([(0.8, 1e-9), (0.8, 0.05)], names=random_walk.KEY)
+    pd.DataFrame(rows, index=index).to_csv(tmp_path / "random_walk.csv")
+    assert f"| 0.8 | 0.05 | {rows[1]['error']:.3f} |" in random_walk.section(tmp_path)
+    assert (tmp_path.parent / "plots" / "random_walk.png").exists()
 
 
 def test_labels_are_compared_where_every_seed_is_measured(measured, monkeypatch):
