@@ -288,3 +288,42 @@ def test_a_time_limit_bootstraps(tmp_path):
     found = train(read_args(f"{flags} --hidden-sizes 8 --optimizer Adam --output-dir {tmp_path}".split()))
     value = found["value"](torch.zeros(1, 1), torch.zeros(1)).item()
     assert value == pytest.approx(10, rel=0.02)
+
+
+# Seeds and steps --------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_is_the_same_run_of_a_walk_by_chance(tmp_path):
+    """Networks, steps and actions; evaluation begins with seeds of its own."""
+    args = Args("ContinuousWalk-v0", hidden_sizes=(8,), optimizer="Adam", total_timesteps=60, eval_episodes=3)
+    args.output_dir, runs = str(tmp_path), []
+    for seed in (1, 1, 2):
+        found = td_lambda.train(replace(args, seed=seed))
+        runs.append((torch.cat([x.flatten() for x in found["value"].parameters()]), found["returns"].tolist()))
+    assert torch.equal(runs[0][0], runs[1][0]) and runs[0][1] == runs[1][1] and not torch.equal(runs[0][0], runs[2][0])
+
+
+def test_episodes_are_reset_with_their_seeds(tmp_path, monkeypatch):
+    seeds, original = [], td_lambda.play
+    monkeypatch.setattr(td_lambda, "play", lambda env, act, seed=None: seeds.append(seed) or original(env, act, seed))
+    td_lambda.train(Args(seed=4, total_timesteps=1, eval_episodes=2, output_dir=str(tmp_path)))
+    assert seeds == [4, 1_000_004, 1_000_005]
+
+
+def test_steps_of_the_continuous_walk():
+    """N(1, ¼²) to the right or left."""
+    env, steps = td_lambda.ContinuousWalk(), []
+    env.reset(seed=1)
+    for i in range(4_000):
+        env.position[:] = 0
+        steps.append((1 if i % 2 else -1) * env.step(i % 2)[0].item())
+    assert np.mean(steps) == pytest.approx(1, abs=0.02) and np.std(steps) == pytest.approx(0.25, abs=0.01)
+
+
+def test_sarsa_bootstraps_from_the_next_action():
+    """Q is 1, 2 in state 0 and 4, 8 in state 1; a step from (0, 1) with reward 1 to (1, 0)."""
+    q = td_lambda.ValueFunction(Discrete(2), Discrete(2), (), True)
+    q.network[0].weight.data[:] = torch.tensor([[1.0, 2.0, 4.0, 8.0]])
+    episode = td_lambda.Episode(torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([1.0]), False)
+    loss = td_lambda.td_loss(q, q, episode, Args(q=True, gamma=0.5, trace_decay=0.0))
+    assert loss.item() == pytest.approx(0.5 * (0.5 * 4 + 1 - 2) ** 2)
