@@ -23,7 +23,7 @@ COMMON_FLAGS = (
 COMMON_FLAGS_OF_TABLES = "env_id seed eval_episodes output_dir capture_video".split()
 
 PLUMBING = "fail finite parse_args load_checkpoint make_env Envs Run evaluate export_policy".split()
-PLUMBING += "check open_run make_table_env TablePolicy finish read_args".split()
+PLUMBING += "check open_run make_table_env TablePolicy finish play_planner read_args".split()
 
 each_algo = pytest.mark.parametrize("path", ALGOS, ids=lambda path: path.stem)
 
@@ -118,7 +118,7 @@ def test_reads_from_the_algorithm_to_the_plumbing(path):
     names = list(titles.values())
     plumbing = names.index("Plumbing: the same in every file")
     at = {node.name: node.lineno for node in definitions(path)}
-    last, function = ("Training", "train") if "train" in at else ("Solution", "solve")
+    last, function = next(x for x in (("Training", "train"), ("Solution", "solve"), ("Playing", "play")) if x[1] in at)
     assert names[plumbing - 1] == last and plumbing > 0, f"{path.name}: {names}"
     assert "etwork" in names[0] and plumbing > 2 or "Run" not in at, f"{path.name}: {names}"
     helpers = [name for name in names[plumbing + 1 :] if not name.startswith(("Data parallel", "CUDA"))]
