@@ -392,7 +392,7 @@ def open_run(args: Args) -> tuple[Path, SummaryWriter]:
 def play_planner(planner, env: gym.Env, args: Args, run_dir: Path, writer: SummaryWriter) -> np.ndarray:
     """Plays --eval-episodes with a planner → returns (eval_episodes,); episode i is reset with seed + 1 000 000 + i.
 
-    planner(env), called after a reset, yields the episode's actions, and looks at env's state when it is asked for one.
+    planner(env), a generator called after a reset, yields the episode's actions and is sent what is observed then.
     """
     if env.spec.max_episode_steps is None:
         print(f"{args.env_id} has no time limit: episodes are cut after 1000 steps")
@@ -404,9 +404,9 @@ def play_planner(planner, env: gym.Env, args: Args, run_dir: Path, writer: Summa
         monitor.write(f"#{json.dumps({'t_start': start, 'env_id': args.env_id})}\nr,l,t\n")
         for i in range(args.eval_episodes):
             env.reset(seed=args.seed + 1_000_000 + i)
-            ended, first, actions = False, step, planner(env)
+            ended, first, actions, obs = False, step, planner(env), None
             while not ended:
-                _, reward, terminated, truncated, _ = env.step(next(actions))
+                obs, reward, terminated, truncated, _ = env.step(actions.send(obs))
                 if not math.isfinite(reward):
                     fail(f"the reward of step {step - first + 1} of episode {i + 1} is not finite", code=1)
                 returns[i] += reward

@@ -1,0 +1,309 @@
+"""algos/mcts.py: its bookkeeping by hand, its values against exhaustive search, its simulator against environments."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import mcts
+import numpy as np
+import pytest
+from gymnasium.spaces import Discrete
+from mcts import Args, Node, Simulator, key, play, simulate
+from stable_baselines3.common.monitor import load_results
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SCRIPT = Path(mcts.__file__)
+STATED = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "FrozenLake-v1", "Taxi-v4", "CliffWalking-v1"]
+
+
+class Layered(gym.Env):
+    """A random process of four steps, three states and two actions: what is observed is step · 3 + state.
+
+    Rewards are uniform in [0, 1], times `scale`. An episode can end before, with a probability of a tenth a step.
+    """
+
+    observation_space, action_space, steps = Discrete(12), Discrete(2, start=3), 4
+
+    def __init__(self, seed: int = 0, scale: float = 1.0):
+        rng = np.random.default_rng(seed)
+        self.p, self.rewards = rng.dirichlet(np.ones(3), (12, 2)), scale * rng.random((12, 2))
+        self.s = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.s = 0
+        return self.s, {}
+
+    def step(self, action):
+        reward = self.rewards[self.s, action - 3]
+        state = int(self.np_random.choice(3, p=self.p[self.s, action - 3]))
+        ended = self.s // 3 == self.steps - 1 or self.np_random.random() < 0.1
+        self.s = 3 * min(self.s // 3 + 1, self.steps - 1) + state
+        return self.s, reward, bool(ended), False, {}
+
+    def q_values(self, gamma: float) -> np.ndarray:
+        """(12, 2), by exhaustive expectimax."""
+        q = np.zeros((12, 2))
+        for step in reversed(range(self.steps)):
+            for s in range(3 * step, 3 * step + 3):
+                after = q[3 * step + 3 : 3 * step + 6].max(1) if step < self.steps - 1 else np.zeros(3)
+                q[s] = self.rewards[s] + 0.9 * gamma * self.p[s] @ after
+        return q
+
+
+def searched(env: gym.Env, args: Args, seed: int = 0) -> tuple[Node, list[int]]:
+    """The root after --simulations from env's state, and the depths."""
+    simulator, dice = Simulator(env, seed), random.Random(seed)
+    root, state = Node(int(env.action_space.n)), simulator.state_of(env)
+    return root, [simulate(root, simulator, state, args, dice) for _ in range(args.simulations)]
+
+
+def nodes(root: Node) -> list[Node]:
+    return [root, *(x for outcomes in root.outcomes for child in outcomes.values() for x in nodes(child))]
+
+
+# Bookkeeping ------------------------------------------------------------------------------------------------
+
+
+def test_visits_and_values_add_up():
+    """A node was visited once by each simulation through it; each outcome's first visit ended in a rollout."""
+    env = Layered()
+    root, depths = searched(env, Args(simulations=500, rollout_depth=4, gamma=0.9))
+    assert root.visits == 500 and max(depths) <= 4
+    for node in nodes(root):
+        assert node.visits == sum(node.counts)
+        for outcomes, count in zip(node.outcomes, node.counts):
+            assert sum(child.visits + 1 for child in outcomes.values()) <= count, "the others ended there"
+        for total, count in zip(node.totals, node.counts):
+            assert node.low * max(count, 1) - 1e-9 <= total <= node.high * count + 1e-9 if count else total == 0
+
+
+def test_returns_are_backed_up_with_discount():
+    """Along a corridor in which step t is paid t + 1, and which ends after six steps: by hand, at every node."""
+
+    class Corridor(gym.Env):
+        observation_space, action_space, at = Discrete(7), Discrete(1), 0
+
+        def step(self, action):
+            self.at += 1
+            assert self.at <= 6, "no simulation goes on past an end"
+            return self.at, float(self.at), self.at == 6, False, {}
+
+    args = Args(simulations=9, gamma=0.5, rollout_depth=50)
+    root, depths = searched(Corridor(), args)
+    assert depths == [1, 2, 3, 4, 5, 6, 6, 6, 6]
+    node = root
+    for at in range(6):
+        expected = sum((k + 1) * 0.5 ** (k - at) for k in range(at, 6))
+        assert node.totals[0] / node.counts[0] == pytest.approx(expected) and node.visits == 9 - at
+        assert node.low == pytest.approx(node.high)
+        node = node.outcomes[0].get(at + 1)
+    assert node is None
+    root, _ = searched(Corridor(), replace(args, simulations=1, rollout_depth=2))
+    assert root.totals == [1 + 0.5 * (2 + 0.5 * 3)], "a rollout is cut after --rollout-depth steps below the leaf"
+
+
+def test_the_score_is_its_formula():
+    node = Node(3)
+    for action, value in ((0, 10.0), (0, 14.0), (1, 11.0), (2, 18.0), (2, 8.0), (2, 10.0)):
+        node.add(action, value)
+    assert (node.visits, node.low, node.high) == (6, 8, 18)
+    assert node.counts == [2, 1, 3] and node.totals == [24, 11, 36]
+    for c, best in ((0.01, (0, 2)), (1.0, (1,))):
+        means = [(q / n - 8) / 10 for q, n in zip(node.totals, node.counts)]
+        scores = [m + 2 * c * math.sqrt(2 * math.log(6) / n) for m, n in zip(means, node.counts)]
+        assert node.select(c, random.Random(0)) == int(np.argmax(scores)) and int(np.argmax(scores)) in best
+    for c in np.linspace(0.01, 0.5, 50):
+        scores = [m + 2 * c * math.sqrt(2 * math.log(6) / n) for m, n in zip(means, node.counts)]
+        assert node.select(c, random.Random(0)) == int(np.argmax(scores)), c
+    assert node.best() == 2 and node.value() == 12
+    node.add(0, 0.0)
+    assert node.best() == 2, "of as many visits, the greater mean"
+
+
+def test_what_was_never_tried_goes_first_and_equals_are_drawn():
+    node, dice = Node(4), random.Random(0)
+    node.add(1, 5.0)
+    assert {node.select(0.2, dice) for _ in range(100)} == {0, 2, 3}
+    for action in (0, 2, 3):
+        node.add(action, 5.0)
+    assert {node.select(0.2, dice) for _ in range(100)} == {0, 1, 2, 3}, "where all were equal, the bonus decides"
+    node.add(0, 5.0)
+    assert {node.select(0.2, dice) for _ in range(100)} == {1, 2, 3}
+
+
+def test_the_scale_of_rewards_does_not_matter():
+    """Times a power of two, every count is the same; low and high are each node's own."""
+    args = Args(simulations=400, rollout_depth=4)
+    trees = [nodes(searched(Layered(scale=scale), args)[0]) for scale in (1.0, 1024.0, 2.0**-20)]
+    for ours, *others in zip(*trees):
+        assert all(ours.counts == x.counts for x in others)
+    assert trees[1][0].value() == pytest.approx(1024 * trees[0][0].value())
+
+
+# Against exhaustive search ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.7])
+def test_values_approach_exhaustive_expectimax(gamma):
+    """Five processes, three seeds: the error falls with the simulations, and is small in the end."""
+    errors = {n: [] for n in (30, 300, 3_000)}
+    for seed in range(5):
+        env = Layered(seed)
+        exact = env.q_values(gamma)[0].max()
+        for simulations, found in errors.items():
+            args = Args(simulations=simulations, rollout_depth=4, gamma=gamma)
+            found += [abs(searched(env, args, i)[0].value() - exact) for i in range(3)]
+    mean = [np.mean(found) for found in errors.values()]
+    assert mean[0] > 1.5 * mean[1] > 2 * mean[2] and mean[2] < 0.05, mean
+
+
+def test_the_best_action_is_found():
+    right = [searched(Layered(seed), Args(simulations=2_000, rollout_depth=4))[0].best() for seed in range(10)]
+    exact = [Layered(seed).q_values(1.0)[0] for seed in range(10)]
+    assert all(q[a] >= q.max() - 0.02 for a, q in zip(right, exact))
+
+
+# The simulator ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_id", [*STATED, "InvertedPendulum-v5"])
+def test_the_simulator_is_the_environment(env_id):
+    """Put into a state and given the same dice, it does what the environment does, again and again, also at ends."""
+    env = gym.make(env_id, **{"is_slippery": False} if env_id == "FrozenLake-v1" else {}).unwrapped
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    simulator, ends = Simulator(env, 0), 0
+    assert bool(simulator.fields) == (env_id in STATED)
+    for t in range(200 if env_id in STATED else 30):
+        state, action = simulator.state_of(env), env.action_space.sample()
+        for _ in range(2):
+            simulator.put(state)
+            simulated = simulator.env.step(action)
+            for _ in range(t % 5):
+                simulator.env.step(env.action_space.sample())
+        real = env.step(action)
+        assert np.array_equal(simulated[0], real[0]) and simulated[1:4] == real[1:4]
+        if real[2]:
+            ends += 1
+            env.reset(seed=t)
+    assert ends > 0 or env_id not in ("CartPole-v1", "FrozenLake-v1")
+
+
+@pytest.mark.parametrize("env_id", [*STATED, "Blackjack-v1"])
+def test_searching_leaves_the_environment_as_it_is(env_id):
+    """Its dice included: what it does next is what it would have done."""
+    env, twin = gym.make(env_id).unwrapped, gym.make(env_id).unwrapped
+    env.reset(seed=3)
+    twin.reset(seed=3)
+    env.action_space.seed(0)
+    for _ in range(5):
+        searched(env, Args(simulations=20, rollout_depth=10))
+        action = env.action_space.sample()
+        ours, theirs = env.step(action), twin.step(action)
+        assert np.array_equal(ours[0], theirs[0]) and ours[1:4] == theirs[1:4]
+        if ours[2]:
+            break
+
+
+def test_plans_do_not_know_the_environments_dice():
+    """Slippery ice, one step: outcomes of the simulator are its own, by its seed."""
+    env = gym.make("FrozenLake-v1").unwrapped
+    env.reset(seed=0)
+    drawn = []
+    for seed in (0, 0, 1):
+        simulator = Simulator(env, seed)
+        state, outcomes = simulator.state_of(env), []
+        for _ in range(60):
+            simulator.put(state)
+            outcomes.append(simulator.env.step(2)[0])
+        drawn.append(outcomes)
+    assert drawn[0] == drawn[1] != drawn[2] and set(drawn[0]) == {0, 1, 4}
+    assert np.bincount(drawn[0] + drawn[2])[[0, 1, 4]].min() > 20, "each a third"
+
+
+def test_time_limits_are_not_seen():
+    """CartPole's limit of ten steps is the wrapper's: rollouts go on."""
+    env = gym.make("CartPole-v1", max_episode_steps=10)
+    env.reset(seed=0)
+    root, _ = searched(env.unwrapped, Args(simulations=50))
+    assert root.high > 15
+
+
+# Playing ----------------------------------------------------------------------------------------------------
+
+
+def planned(monkeypatch, args: Args, **kwargs) -> list[tuple[Node, int]]:
+    """The root and its visits at each search's first simulation, in a run."""
+    roots, inner = [], mcts.simulate
+
+    def spied(root, *others):
+        if not roots or roots[-1][0] is not root:
+            roots.append((root, root.visits))
+        return inner(root, *others)
+
+    monkeypatch.setattr(mcts, "simulate", spied)
+    play(args, **kwargs)
+    return roots
+
+
+def test_the_tree_is_kept_from_step_to_step(tmp_path, monkeypatch):
+    """The next root is the child of the action played and the outcome met, with its visits."""
+    roots = planned(monkeypatch, Args(simulations=30, eval_episodes=1, output_dir=str(tmp_path)))
+    assert len(roots) > 100 and roots[0][1] == 0
+    kept = 0
+    for (before, _), (after, visits) in zip(roots, roots[1:]):
+        children = [x for outcomes in before.outcomes for x in outcomes.values()]
+        assert any(after is x for x in children) or visits == 0
+        kept += any(after is x for x in before.outcomes[before.best()].values()) and visits > 5
+    assert kept > 0.9 * len(roots)
+
+
+def test_an_outcome_that_was_not_searched_is_a_new_root(tmp_path, monkeypatch):
+    gym.register("Layered-v0", Layered, kwargs={"seed": 1})
+    args = Args(env_id="Layered-v0", simulations=6, rollout_depth=3, eval_episodes=40, output_dir=str(tmp_path))
+    roots = planned(monkeypatch, args)
+    firsts = [visits for _, visits in roots]
+    assert firsts.count(0) > 41 and any(firsts), "a root of each episode, and some in between"
+
+
+def test_keys_tell_observations_apart():
+    a, b = np.float32([0.0, 1.0]), np.float32([0.0, 1.0 + 1e-6])
+    assert key(a) == key(a.copy()) != key(b) and key(5) == 5 and key((1, 2)) == (1, 2)
+
+
+def test_same_seed_same_bits(tmp_path):
+    args = Args(simulations=3, rollout_depth=3, eval_episodes=2)
+    runs = [
+        play(replace(args, seed=seed, output_dir=str(tmp_path / str(i))))["returns"] for i, seed in enumerate((1, 1, 2))
+    ]
+    assert runs[0].tolist() == runs[1].tolist() != runs[2].tolist()
+
+
+def test_a_run_leaves_what_it_says(tmp_path):
+    line = [sys.executable, SCRIPT, "--output-dir", tmp_path, "--simulations", 5, "--rollout-depth", 5]
+    done = subprocess.run([*map(str, line), "--eval-episodes", "2"], capture_output=True, text=True, check=True)
+    (run_dir,) = tmp_path.iterdir()
+    assert run_dir.name.startswith("CartPole-v1__mcts__1__") and str(run_dir) in done.stdout
+    assert "Warning" not in done.stderr and "evaluation: " in done.stdout
+    assert json.loads((run_dir / "args.json").read_text())["args"]["simulations"] == 5
+    assert len(load_results(str(run_dir))) == 2
+    tags = set(EventAccumulator(str(run_dir)).Reload().Tags()["scalars"])
+    assert {"tree/value", "tree/visits", "tree/depth", "tree/simulations_per_second", "eval/episodic_return"} <= tags
+
+
+def test_continuous_actions_are_refused_in_a_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        play(Args(env_id="Pendulum-v1"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "mpc.py" in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_cart_poles_stand(tmp_path):
+    assert play(Args(output_dir=str(tmp_path)))["returns"].tolist() == [500] * 3
