@@ -21,7 +21,8 @@ Details that matter:
 - A step of MuJoCo is the environment's whole step; central differences of it take one call of mujoco.rollout. Joints
   are hinges and slides, so the tangent coordinates are differences of qpos.
 
-    python algos/ilqr.py --replan                                # Pendulum-v1, planned anew at every step
+    python algos/ilqr.py                                         # Pendulum-v1, planned anew at every step
+    python algos/ilqr.py --no-replan                             # plans of 60 steps, played to their end
     python algos/ilqr.py --env-id InvertedDoublePendulum-v5      # the same, through MuJoCo
 """
 
@@ -62,7 +63,7 @@ class Args:
     seed: Seed = 1  # of the episodes' starts and of the first guesses
     method: Literal["lqr", "ilqr", "ddp", "newton", "gradient"] = "ilqr"  # what an iteration solves
     horizon: Count = 60  # steps T that a plan looks ahead; never beyond the episode's time limit
-    replan: bool = False  # plan anew at every step, from the last plan on (MPC); else a plan is played to its end
+    replan: bool = True  # plan anew at every step, from the last plan on (MPC); else a plan is played to its end
     starts: Count = 128  # first guesses, of which the best plan is kept: no control, then random ones
     iterations: Count = 60  # of a plan, at most
     tolerance: Positive = 1e-5  # a plan is done where an iteration promises to lower no guess's J by more, relatively
@@ -73,8 +74,8 @@ class Args:
 
 RECOMMENDED = {  # by environment id: `--env-id` alone takes them, a flag wins
     "DoubleIntegrator-v0": dict(method="lqr", starts=1),
-    **{f"Inverted{x}Pendulum-v5": dict(replan=True, starts=1, horizon=30) for x in ("", "Double")},
-    "Reacher-v5": dict(replan=True, starts=1, horizon=25),
+    **{f"Inverted{x}Pendulum-v5": dict(starts=1, horizon=30) for x in ("", "Double")},
+    "Reacher-v5": dict(starts=1, horizon=25),
 }
 STEP_SIZES = torch.tensor([2.0**-i for i in range(12)], dtype=torch.float64)  # α (A,)
 

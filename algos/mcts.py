@@ -10,7 +10,7 @@ action that was tried most is played. Details that matter:
 - Nodes stand for states where an action is chosen; under each action there is one for every outcome observed. Every
   simulation begins at the root and draws all outcomes anew, so each counts as often as it occurs.
 - low and high are the least and greatest return that went through the node: scores hang neither on the rewards' scale
-  nor on what is paid in any case, and C is a fraction of what is at stake there. Where all were equal, the bonus decides.
+  nor on what is paid in any case, and C is a fraction of what is at stake there. If all are equal, the bonus decides.
 - The simulator has dice of its own: a plan must not know those that the environment will throw.
 - The subtree of the action played and the outcome met is the next root, with all it knows.
 - A time limit is no part of the simulator: simulations end where an episode terminates, and --rollout-depth steps below

@@ -271,14 +271,18 @@ def mppi_weights(returns: np.ndarray, temperature: float) -> np.ndarray:
     return weights / weights.sum()
 
 
-class Plan(NamedTuple):
+class SampledPlan(NamedTuple):
+    """What is played and what goes on into the next plan."""
+
     actions: np.ndarray  # (H, …), what is played
     rewards: np.ndarray  # (H,), promised
     distribution: Normals | Categoricals  # at the end
     kept: np.ndarray  # (--kept, H, …), the best draws, the one that is played first
 
 
-def make_plan(simulate: Callable, distribution, kept: np.ndarray | None, iterations: int, args: Args, rng) -> Plan:
+def make_plan(
+    simulate: Callable, distribution, kept: np.ndarray | None, iterations: int, args: Args, rng
+) -> SampledPlan:
     """Of simulate(actions (N, H, …)) → rewards (N, H): the best sequence that was simulated, or mppi's mean."""
     for _ in range(1 if args.planner == "random" else iterations):
         draws = distribution.sample(args.population, args.correlation, rng)
@@ -297,7 +301,7 @@ def make_plan(simulate: Callable, distribution, kept: np.ndarray | None, iterati
         promised = simulate(distribution.actions(mean)[None])[0]
         if args.planner == "mppi" or promised.sum() > kept_rewards[0].sum():
             kept[0], kept_rewards[0] = mean, promised
-    return Plan(distribution.actions(kept[0]), kept_rewards[0], distribution, kept)
+    return SampledPlan(distribution.actions(kept[0]), kept_rewards[0], distribution, kept)
 
 
 # Playing ----------------------------------------------------------------------------------------------------

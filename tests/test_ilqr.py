@@ -486,7 +486,7 @@ TINY = dict(horizon=12, starts=2, iterations=3, eval_episodes=1)
 
 @pytest.mark.parametrize("method", ["ilqr", "ddp", "newton", "gradient", "lqr"])
 def test_every_method_plays(tmp_path, method):
-    result = play(Args(**TINY, method=method, output_dir=str(tmp_path)))
+    result = play(Args(**TINY, method=method, replan=False, output_dir=str(tmp_path)))
     assert result["played"] == pytest.approx(result["promised"], rel=1e-3), "12 steps open loop, of float32 torques"
 
 
@@ -494,7 +494,7 @@ def test_an_open_loop_plan_is_played_to_its_end(tmp_path, monkeypatch):
     """200 steps in plans of 60, 60, 60 and 20; replanned, one a step, each from the rest of the one before."""
     calls = []
     monkeypatch.setattr(ilqr, "optimise", lambda p, x, u, args: calls.append((x, u)) or optimise(p, x, u, args))
-    args = Args(iterations=1, starts=3, eval_episodes=1, output_dir=str(tmp_path))
+    args = Args(iterations=1, starts=3, eval_episodes=1, replan=False, output_dir=str(tmp_path))
     play(args)
     assert [u.shape for _, u in calls] == [(3, 60, 1)] * 3 + [(3, 20, 1)]
     calls.clear()
@@ -517,7 +517,19 @@ def test_same_seed_same_bits(tmp_path):
 
 
 def test_a_run_leaves_what_it_says(tmp_path):
-    line = [sys.executable, SCRIPT, "--output-dir", tmp_path, "--horizon", "15", "--starts", "2", "--iterations", "2"]
+    line = [
+        sys.executable,
+        SCRIPT,
+        "--output-dir",
+        tmp_path,
+        "--horizon",
+        "15",
+        "--starts",
+        "2",
+        "--iterations",
+        "2",
+        "--no-replan",
+    ]
     done = subprocess.run([*map(str, line), "--eval-episodes", "2"], capture_output=True, text=True, check=True)
     (run_dir,) = tmp_path.iterdir()
     assert run_dir.name.startswith("Pendulum-v1__ilqr__1__") and str(run_dir) in done.stdout
@@ -542,7 +554,7 @@ def test_other_environments_are_refused_in_a_line(capsys):
 
 @pytest.mark.slow
 def test_replanned_swing_ups_are_within_2_of_dynamic_programming(tmp_path):
-    result = play(Args(replan=True, output_dir=str(tmp_path)))
+    result = play(Args(output_dir=str(tmp_path)))
     best = np.array([best_return(1_000_001 + i) for i in range(10)])
     print(result["returns"].round(2).tolist(), best.round(2).tolist())
     assert (result["returns"] >= best - 2).all()
