@@ -17,6 +17,7 @@ import deep_sea
 import numpy as np
 import pandas as pd
 import random_walk
+import trajectories
 import tyro
 from aggregate import REFERENCES, Strata, paired, plot_aggregate, stratified
 from aggregate import measured as measured_on_both_sides
@@ -1150,6 +1151,7 @@ def compounding(results: Path) -> str:
 
 ELSE = ["throughput.py", "throughput.py --device cuda  # on a GPU", "breakdown.py", "growth.py"]
 ELSE += [f"{name}.py --workers 2" for name in ("compounding_error", "steps_to_solve", "deep_sea", "random_walk")]
+ELSE += ["trajectories.py"]
 """commands that measure what no suite does"""
 
 
@@ -1244,7 +1246,7 @@ def main() -> None:
     if not args.suites:
         rows = efficiency_rows(runs, args.results)
         page += EFFICIENT.format(table=markdown(rows)) if rows else ""
-        page += deep_sea.section(args.results) + random_walk.section(args.results)
+        page += deep_sea.section(args.results) + random_walk.section(args.results) + trajectories.section(args.results)
         page += solving(args.results) + compounding(args.results)
         page += speed_sections(args.results, runs, args.results.parent.parent / "README.md" if ours else None)
     where = "" if ours else f" --results {args.results}"

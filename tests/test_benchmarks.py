@@ -1,6 +1,7 @@
 """The harness: what is measured is what is compared, and the page says what the measurements say."""
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ import sb3
 import steps_to_solve
 import suites
 import torch
+import trajectories
 from stable_baselines3.common.evaluation import evaluate_policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -981,6 +983,24 @@ def test_the_error_of_values_on_the_random_walk(tmp_path, monkeypatch):
     pd.DataFrame(rows, index=index).to_csv(tmp_path / "random_walk.csv")
     assert f"| 0.8 | 0.05 | {rows[1]['error']:.3f} |" in random_walk.section(tmp_path)
     assert (tmp_path.parent / "plots" / "random_walk.png").exists()
+
+
+def test_the_costs_of_five_methods_over_iterations(tmp_path, monkeypatch):
+    """On a few steps: measured once, drawn, and marked where ilqr.py has changed since."""
+    for name, value in dict(STEPS=4, ITERATIONS=6).items():
+        monkeypatch.setattr(trajectories, name, value)
+    rows = [trajectories.descent("InvertedPendulum-v5", name) for name in trajectories.METHODS]
+    costs = [[float(x) for x in row["costs"].split()] for row in rows]
+    assert [len(x) for x in costs][:2] == [2, len(costs[1])] and all(b <= a for a, b in itertools.pairwise(costs[1]))
+    keys = [("InvertedPendulum-v5", name) for name in trajectories.METHODS]
+    table = pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(keys, names=trajectories.KEY))
+    table.to_csv(tmp_path / "trajectories.csv")
+    text = trajectories.section(tmp_path)
+    assert f"| iLQR | {costs[1][-1]:.4f} | " in text and "†" not in text
+    assert (tmp_path.parent / "plots" / "trajectories.png").exists()
+    table.assign(code_sha256="older").to_csv(tmp_path / "trajectories.csv")
+    assert "| method † |" in trajectories.section(tmp_path)
+    assert trajectories.within([5.0, 1.02, 1.005, 1.0], 1.0) == "2" and trajectories.within([5.0], 1.0) == "–"
 
 
 def test_labels_are_compared_where_every_seed_is_measured(measured, monkeypatch):
