@@ -77,12 +77,13 @@ class Args:
     capture_video: bool = False  # film 1000 images from episodes 0, 1, 8, 27, 64 … on
 
 
-FAST = dict(horizon=25, population=100, elites=10, kept=3, iterations=2, first_iterations=10, eval_episodes=1)
+FAST = dict(horizon=25, population=200, elites=20, iterations=3, noise=0.5, min_noise=0.3, correlation=0.5)
+FAST |= dict(first_iterations=10, eval_episodes=1)
 RECOMMENDED = {  # by environment id: `--env-id` alone takes them, a flag wins
-    "CartPole-v1": FAST | dict(horizon=60, min_noise=0.5, correlation=0.5, eval_episodes=3),
+    "CartPole-v1": FAST | dict(horizon=60, population=100, elites=10, iterations=2, min_noise=0.5, eval_episodes=3),
     "HalfCheetah-v5": FAST | dict(max_episode_steps=200),
-    "Hopper-v5": FAST | dict(max_episode_steps=200, horizon=40),
-    "Walker2d-v5": FAST | dict(max_episode_steps=200, horizon=40),
+    "Hopper-v5": FAST | dict(max_episode_steps=200, horizon=40, population=100, elites=10, iterations=2),
+    "Walker2d-v5": FAST | dict(max_episode_steps=200, horizon=50, population=150, elites=15, iterations=2),
     "Swimmer-v5": FAST | dict(max_episode_steps=200, horizon=50),
     "InvertedPendulum-v5": FAST,
     "Reacher-v5": FAST | dict(eval_episodes=10),
