@@ -7,14 +7,14 @@ random rollout from it, and its return G_t = r_t + γ G_{t+1} back up along the 
 
 Q(a) is the sum of the returns that went through action a, N(a) their number; what was never tried goes first. The
 action that was tried most is played. Details that matter:
-- Nodes stand for states where an action is chosen; under each action there is one for every outcome observed. Every
-  simulation begins at the root and draws all outcomes anew, so each counts as often as it occurs.
+- A node is a state where an action is chosen, known by what is observed: ways that meet again share it. Outcomes are
+  drawn anew in every simulation, and counted under each action.
 - low and high are the least and greatest return that went through the node: scores hang neither on the rewards' scale
   nor on what is paid in any case, and C is a fraction of what is at stake there. If all are equal, the bonus decides.
-- The simulator has dice of its own: a plan must not know those that the environment will throw.
-- The subtree of the action played and the outcome met is the next root, with all it knows.
-- A time limit is no part of the simulator: simulations end where an episode terminates, and --rollout-depth steps below
-  the leaf.
+- --backup bellman: Q(a) is the rewards' sum and γ times the outcomes' values, each the best mean Q / N of its own (DP-
+  UCT, Keller & Helmert 2013). What exploring lost is forgotten; means keep it. FrozenLake needs that.
+- The simulator has dice of its own and no time limit: a plan must not know what the environment will throw.
+- The node of the outcome met is the next root, with all that is known below it.
 - The simulator is put into a state by setting it, in toy text and classic control; any other environment is copied.
 
     python algos/mcts.py                                         # CartPole-v1: 500
@@ -31,11 +31,13 @@ import random
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, NoReturn, get_args, get_type_hints
+from typing import Annotated, Literal, NoReturn, get_args, get_type_hints
+from weakref import WeakValueDictionary
 
 import gymnasium as gym
 import numpy as np
@@ -59,6 +61,7 @@ class Args:
     simulations: Count = 100  # per step of the environment
     c: Positive = 0.2  # C of the score
     rollout_depth: Steps = 50  # steps of a rollout, at most
+    backup: Literal["mean", "bellman"] = "mean"  # of the returns, or from the outcomes' values
     gamma: Fraction = 1.0  # discount γ
     eval_episodes: Count = 3  # episodes that are played
     output_dir: str = "runs"  # folder that run directories are made in
@@ -66,7 +69,7 @@ class Args:
 
 
 RECOMMENDED = {  # by environment id: `--env-id` alone takes them, a flag wins
-    "FrozenLake-v1": dict(simulations=3000, c=0.3, rollout_depth=100),
+    "FrozenLake-v1": dict(simulations=1000, c=1.0, rollout_depth=100, gamma=0.99, backup="bellman"),
 }
 
 
@@ -99,43 +102,43 @@ class Simulator:
 
 
 class Node:
-    """A state in which one of so many actions is chosen; what is kept of each action is in lists by its index."""
+    """A state in which one of so many actions is chosen; lists are by action."""
 
-    __slots__ = ("counts", "high", "low", "outcomes", "totals", "visits")
+    __slots__ = ("__weakref__", "counts", "high", "low", "outcomes", "rewards", "totals", "value", "visits")
 
-    def __init__(self, actions: int):
+    def __init__(self, actions: int, value: float = 0.0):
         self.visits, self.low, self.high = 0, math.inf, -math.inf
-        self.counts, self.totals = [0] * actions, [0.0] * actions  # N(a), Q(a)
-        self.outcomes = [{} for _ in range(actions)]  # by action: observation → Node
+        self.value = value  # a rollout's return at first, then the greatest Q(a) / N(a)
+        self.counts, self.totals, self.rewards = [0] * actions, [0.0] * actions, [0.0] * actions  # N(a), Q(a), Σ r
+        self.outcomes = [Counter() for _ in range(actions)]  # Node → how often it was met
 
     def select(self, c: float, dice: random.Random) -> int:
         """The action of the greatest score, or one that was never tried; of several one at random."""
         if 0 in self.counts:
             return dice.choice([a for a, n in enumerate(self.counts) if n == 0])
         scale, bonus = 1 / (self.high - self.low) if self.high > self.low else 0.0, 2 * math.log(self.visits)
-        best, chosen = -math.inf, []
-        for action, (total, n) in enumerate(zip(self.totals, self.counts)):
-            score = (total / n - self.low) * scale + 2 * c * math.sqrt(bonus / n)
-            if score > best:
-                best, chosen = score, [action]
-            elif score == best:
-                chosen.append(action)
-        return chosen[0] if len(chosen) == 1 else dice.choice(chosen)
+        pairs = zip(self.totals, self.counts)
+        scores = [(total / n - self.low) * scale + 2 * c * math.sqrt(bonus / n) for total, n in pairs]
+        best = max(scores)
+        return dice.choice([a for a, score in enumerate(scores) if score == best])
 
-    def add(self, action: int, value: float) -> None:
-        """A return that went through the action."""
+    def add(self, action: int, reward: float, outcome: "Node | None", value: float, args: Args) -> None:
+        """A return that went through the action, and the state met after it; None is the end."""
         self.visits += 1
         self.counts[action] += 1
-        self.totals[action] += value
+        self.rewards[action] += reward
         self.low, self.high = min(self.low, value), max(self.high, value)
+        if outcome is not None:
+            self.outcomes[action][outcome] += 1
+        self.totals[action] += value
+        if args.backup == "bellman":
+            after = sum(n * node.value for node, n in self.outcomes[action].items())
+            self.totals[action] = self.rewards[action] + args.gamma * after
+        self.value = max(total / n for total, n in zip(self.totals, self.counts) if n)
 
     def best(self) -> int:
-        """The action that was tried most, of several that of the greatest mean return."""
+        """The action that was tried most, of several that of the greatest mean."""
         return max(range(len(self.counts)), key=lambda a: (self.counts[a], self.totals[a] / max(1, self.counts[a])))
-
-    def value(self) -> float:
-        """Mean return of the best action."""
-        return self.totals[self.best()] / self.counts[self.best()]
 
 
 def key(obs) -> object:
@@ -143,26 +146,27 @@ def key(obs) -> object:
     return obs.tobytes() if isinstance(obs, np.ndarray) else obs
 
 
-def simulate(root: Node, simulator: Simulator, state: dict, args: Args, dice: random.Random) -> int:
-    """One simulation from the state that root stands for; returns the depth of the new leaf."""
+def simulate(root: Node, nodes: WeakValueDictionary, simulator: Simulator, state: dict, args: Args, dice) -> int:
+    """One simulation from the state that root stands for; nodes by observation. Returns the steps down the tree."""
     simulator.put(state)
-    step, first = simulator.env.step, int(simulator.env.action_space.start)
-    node, path, terminated = root, [], False
-    while node is not None and not terminated:
+    step, first, actions = simulator.env.step, int(simulator.env.action_space.start), len(root.counts)
+    node, path, terminated, value, discount, steps = root, [], False, 0.0, 1.0, 0
+    while node is not None and not terminated and len(path) <= args.rollout_depth:
         action = node.select(args.c, dice)
         obs, reward, terminated, _, _ = step(first + action)
-        path.append((node, action, reward))
-        outcomes, outcome = node.outcomes[action], key(obs)
-        node = outcomes.get(outcome)
-    value, discount, steps = 0.0, 1.0, 0
-    if not terminated:
-        outcomes[outcome] = Node(len(root.counts))
-    while not terminated and steps < args.rollout_depth:
-        _, reward, terminated, _, _ = step(first + int(dice.random() * len(root.counts)))
-        value, discount, steps = value + discount * reward, discount * args.gamma, steps + 1
-    for node, action, reward in reversed(path):
-        value = float(reward) + args.gamma * value
-        node.add(action, value)
+        before, node = node, None if terminated else nodes.get(key(obs))
+        path.append((before, action, float(reward), node))
+    if node is not None:
+        value = node.value  # as deep as a rollout: around a circle, for instance
+    elif not terminated:
+        while not terminated and steps < args.rollout_depth:
+            _, reward, terminated, _, _ = step(first + int(dice.random() * actions))
+            value, discount, steps = value + discount * reward, discount * args.gamma, steps + 1
+        leaf = nodes[key(obs)] = Node(actions, value)
+        path[-1] = (*path[-1][:3], leaf)
+    for node, action, reward, outcome in reversed(path):
+        value = reward + args.gamma * value
+        node.add(action, reward, outcome, value, args)
     return len(path)
 
 
@@ -174,28 +178,25 @@ def play(args: Args) -> dict:
     check(args)
     env = make_env(args)
     if not isinstance(env.action_space, Discrete):
-        fail(
-            f"actions of {args.env_id} are {env.action_space}; this tree branches on Discrete ones, mpc.py takes others"
-        )
+        fail(f"--env-id {args.env_id}: actions are {env.action_space}, not Discrete; mpc.py takes others")
     run_dir, writer = open_run(args)
     dice, steps, actions = random.Random(args.seed), itertools.count(1), int(env.action_space.n)
 
     def planner(env: gym.Env) -> Generator[int, object, None]:
         env = env.unwrapped
-        simulator, root = Simulator(env, dice.getrandbits(32)), Node(actions)
+        simulator, root, nodes = Simulator(env, dice.getrandbits(32)), Node(actions), WeakValueDictionary()
         while True:
             start, state = time.perf_counter(), simulator.state_of(env)
-            depths = [simulate(root, simulator, state, args, dice) for _ in range(args.simulations)]
+            depths = [simulate(root, nodes, simulator, state, args, dice) for _ in range(args.simulations)]
             action, step = root.best(), next(steps)
-            writer.add_scalar("tree/value", root.value(), step)
+            writer.add_scalar("tree/value", root.value, step)
             writer.add_scalar("tree/visits", root.visits, step)
             writer.add_scalar("tree/depth", max(depths), step)
             writer.add_scalar("tree/simulations_per_second", args.simulations / (time.perf_counter() - start), step)
             obs = yield int(env.action_space.start) + action
-            root = root.outcomes[action].get(key(obs)) or Node(actions)
+            root = nodes.setdefault(key(obs), Node(actions))
 
-    returns = play_planner(planner, env, args, run_dir, writer)
-    return {"run_dir": run_dir, "returns": returns}
+    return {"run_dir": run_dir, "returns": play_planner(planner, env, args, run_dir, writer)}
 
 
 # Plumbing: the same in every file ---------------------------------------------------------------------------

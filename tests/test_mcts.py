@@ -5,8 +5,10 @@ import math
 import random
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import gymnasium as gym
 import mcts
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Discrete
 from mcts import Args, Node, Simulator, key, play, simulate
+from scipy.stats import binom
 from stable_baselines3.common.monitor import load_results
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -59,28 +62,65 @@ class Layered(gym.Env):
 def searched(env: gym.Env, args: Args, seed: int = 0) -> tuple[Node, list[int]]:
     """The root after --simulations from env's state, and the depths."""
     simulator, dice = Simulator(env, seed), random.Random(seed)
-    root, state = Node(int(env.action_space.n)), simulator.state_of(env)
-    return root, [simulate(root, simulator, state, args, dice) for _ in range(args.simulations)]
+    root, state, nodes = Node(int(env.action_space.n)), simulator.state_of(env), WeakValueDictionary()
+    return root, [simulate(root, nodes, simulator, state, args, dice) for _ in range(args.simulations)]
 
 
-def nodes(root: Node) -> list[Node]:
-    return [root, *(x for outcomes in root.outcomes for child in outcomes.values() for x in nodes(child))]
+def below(root: Node) -> list[Node]:
+    """Root and every node that can be reached from it, once each."""
+    found = {root: None}
+    for node in (waiting := [root]):
+        fresh = [x for outcomes in node.outcomes for x in outcomes if x not in found]
+        found |= dict.fromkeys(fresh)
+        waiting += dict.fromkeys(fresh)
+    return list(found)
 
 
 # Bookkeeping ------------------------------------------------------------------------------------------------
 
 
 def test_visits_and_values_add_up():
-    """A node was visited once by each simulation through it; each outcome's first visit ended in a rollout."""
-    env = Layered()
-    root, depths = searched(env, Args(simulations=500, rollout_depth=4, gamma=0.9))
+    """A node was met once more than it was visited, when it was made; other visits of an action ended there."""
+    root, depths = searched(Layered(), Args(simulations=500, rollout_depth=4, gamma=0.9))
     assert root.visits == 500 and max(depths) <= 4
-    for node in nodes(root):
+    met, tree = Counter(), below(root)
+    for node in tree:
         assert node.visits == sum(node.counts)
-        for outcomes, count in zip(node.outcomes, node.counts):
-            assert sum(child.visits + 1 for child in outcomes.values()) <= count, "the others ended there"
+        assert all(outcomes.total() <= count for outcomes, count in zip(node.outcomes, node.counts))
+        met.update(sum(node.outcomes, Counter()))
         for total, count in zip(node.totals, node.counts):
             assert node.low * max(count, 1) - 1e-9 <= total <= node.high * count + 1e-9 if count else total == 0
+        assert node.visits == 0 or node.value == max(q / n for q, n in zip(node.totals, node.counts) if n)
+    assert root not in met and all(met[node] == node.visits + 1 for node in tree if node is not root)
+    assert len(tree) < 12, "what is observed is the state: one node for each, though several ways lead there"
+
+
+def test_bellman_backups_are_the_outcomes_values():
+    """Q(a) / N(a) is the mean reward and γ times the mean of the values of the outcomes met, an end's being 0."""
+    node, near, far, args = Node(2), Node(2, 3.0), Node(2, 8.0), Args(gamma=0.5, backup="bellman")
+    for outcome, reward in ((near, 1.0), (far, 2.0), (None, 6.0), (near, 1.0)):
+        node.add(1, reward, outcome, 100.0, args)
+    assert node.counts == [0, 4] and node.value == node.totals[1] / 4 == (10 + 0.5 * (3 + 8 + 3)) / 4
+    node.add(0, 7.0, None, 0.0, args)
+    assert node.value == 7 and (node.low, node.high) == (0, 100), "of the returns"
+    far.add(0, 80.0, None, 80.0, args)
+    node.add(1, 2.0, far, 80.0, args)
+    assert node.value == (12 + 0.5 * (3 + 80 + 3 + 80)) / 5, "as they are now"
+
+
+def test_a_circle_ends():
+    """Around two states for ever, for 1 a step: as deep as a rollout, then the state's value."""
+
+    class Circle(gym.Env):
+        observation_space, action_space, at = Discrete(2), Discrete(1), 0
+
+        def step(self, action):
+            self.at = 1 - self.at
+            return self.at, 1.0, False, False, {}
+
+    for backup in ("mean", "bellman"):
+        root, depths = searched(Circle(), Args(simulations=2_000, rollout_depth=9, gamma=0.8, backup=backup))
+        assert max(depths) == 10 and root.totals[0] == pytest.approx(5 * root.visits, rel=0.05), "1 / (1 − γ)"
 
 
 def test_returns_are_backed_up_with_discount():
@@ -102,7 +142,7 @@ def test_returns_are_backed_up_with_discount():
         expected = sum((k + 1) * 0.5 ** (k - at) for k in range(at, 6))
         assert node.totals[0] / node.counts[0] == pytest.approx(expected) and node.visits == 9 - at
         assert node.low == pytest.approx(node.high)
-        node = node.outcomes[0].get(at + 1)
+        node = next(iter(node.outcomes[0]), None)
     assert node is None
     root, _ = searched(Corridor(), replace(args, simulations=1, rollout_depth=2))
     assert root.totals == [1 + 0.5 * (2 + 0.5 * 3)], "a rollout is cut after --rollout-depth steps below the leaf"
@@ -111,7 +151,7 @@ def test_returns_are_backed_up_with_discount():
 def test_the_score_is_its_formula():
     node = Node(3)
     for action, value in ((0, 10.0), (0, 14.0), (1, 11.0), (2, 18.0), (2, 8.0), (2, 10.0)):
-        node.add(action, value)
+        node.add(action, 0.0, None, value, Args())
     assert (node.visits, node.low, node.high) == (6, 8, 18)
     assert node.counts == [2, 1, 3] and node.totals == [24, 11, 36]
     for c, best in ((0.01, (0, 2)), (1.0, (1,))):
@@ -121,44 +161,45 @@ def test_the_score_is_its_formula():
     for c in np.linspace(0.01, 0.5, 50):
         scores = [m + 2 * c * math.sqrt(2 * math.log(6) / n) for m, n in zip(means, node.counts)]
         assert node.select(c, random.Random(0)) == int(np.argmax(scores)), c
-    assert node.best() == 2 and node.value() == 12
-    node.add(0, 0.0)
+    assert node.best() == 2 and node.value == 12
+    node.add(0, 0.0, None, 0.0, Args())
     assert node.best() == 2, "of as many visits, the greater mean"
 
 
 def test_what_was_never_tried_goes_first_and_equals_are_drawn():
     node, dice = Node(4), random.Random(0)
-    node.add(1, 5.0)
+    node.add(1, 0.0, None, 5.0, Args())
     assert {node.select(0.2, dice) for _ in range(100)} == {0, 2, 3}
     for action in (0, 2, 3):
-        node.add(action, 5.0)
+        node.add(action, 0.0, None, 5.0, Args())
     assert {node.select(0.2, dice) for _ in range(100)} == {0, 1, 2, 3}, "where all were equal, the bonus decides"
-    node.add(0, 5.0)
+    node.add(0, 0.0, None, 5.0, Args())
     assert {node.select(0.2, dice) for _ in range(100)} == {1, 2, 3}
 
 
 def test_the_scale_of_rewards_does_not_matter():
     """Times a power of two, every count is the same; low and high are each node's own."""
     args = Args(simulations=400, rollout_depth=4)
-    trees = [nodes(searched(Layered(scale=scale), args)[0]) for scale in (1.0, 1024.0, 2.0**-20)]
+    trees = [below(searched(Layered(scale=scale), args)[0]) for scale in (1.0, 1024.0, 2.0**-20)]
     for ours, *others in zip(*trees):
         assert all(ours.counts == x.counts for x in others)
-    assert trees[1][0].value() == pytest.approx(1024 * trees[0][0].value())
+    assert trees[1][0].value == pytest.approx(1024 * trees[0][0].value)
 
 
 # Against exhaustive search ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backup", ["mean", "bellman"])
 @pytest.mark.parametrize("gamma", [1.0, 0.7])
-def test_values_approach_exhaustive_expectimax(gamma):
+def test_values_approach_exhaustive_expectimax(gamma, backup):
     """Five processes, three seeds: the error falls with the simulations, and is small in the end."""
     errors = {n: [] for n in (30, 300, 3_000)}
     for seed in range(5):
         env = Layered(seed)
         exact = env.q_values(gamma)[0].max()
         for simulations, found in errors.items():
-            args = Args(simulations=simulations, rollout_depth=4, gamma=gamma)
-            found += [abs(searched(env, args, i)[0].value() - exact) for i in range(3)]
+            args = Args(simulations=simulations, rollout_depth=4, gamma=gamma, backup=backup)
+            found += [abs(searched(env, args, i)[0].value - exact) for i in range(3)]
     mean = [np.mean(found) for found in errors.values()]
     assert mean[0] > 1.5 * mean[1] > 2 * mean[2] and mean[2] < 0.05, mean
 
@@ -253,14 +294,14 @@ def planned(monkeypatch, args: Args, **kwargs) -> list[tuple[Node, int]]:
 
 
 def test_the_tree_is_kept_from_step_to_step(tmp_path, monkeypatch):
-    """The next root is the child of the action played and the outcome met, with its visits."""
+    """The next root is the node of the outcome met, with its visits."""
     roots = planned(monkeypatch, Args(simulations=30, eval_episodes=1, output_dir=str(tmp_path)))
     assert len(roots) > 100 and roots[0][1] == 0
     kept = 0
     for (before, _), (after, visits) in zip(roots, roots[1:]):
-        children = [x for outcomes in before.outcomes for x in outcomes.values()]
+        children = [x for outcomes in before.outcomes for x in outcomes]
         assert any(after is x for x in children) or visits == 0
-        kept += any(after is x for x in before.outcomes[before.best()].values()) and visits > 5
+        kept += any(after is x for x in before.outcomes[before.best()]) and visits > 5
     assert kept > 0.9 * len(roots)
 
 
@@ -302,6 +343,23 @@ def test_continuous_actions_are_refused_in_a_line(capsys):
         play(Args(env_id="Pendulum-v1"))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "mpc.py" in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_frozen_lakes_are_crossed(tmp_path):
+    """Not less often than 0.95 of the best success within 100 steps, by dynamic programming, explains (5 %)."""
+    lake, best = gym.make("FrozenLake-v1"), np.zeros(16)
+    for _ in range(lake.spec.max_episode_steps):
+        q = [
+            [sum(p * (r + (not end) * best[s]) for p, s, r, end in lake.unwrapped.P[at][a]) for a in range(4)]
+            for at in range(16)
+        ]
+        best = np.max(q, 1)
+    bar = 0.95 * best[0]
+    args = replace(Args(), **mcts.RECOMMENDED["FrozenLake-v1"], env_id="FrozenLake-v1", eval_episodes=200)
+    crossed = int(play(replace(args, output_dir=str(tmp_path)))["returns"].sum())
+    print(f"{crossed} of 200; the bar is {bar:.4f}, at which 5 % of samples are below {binom.ppf(0.05, 200, bar):.0f}")
+    assert 0.70 < bar < 0.71 and crossed >= binom.ppf(0.05, 200, bar)
 
 
 @pytest.mark.slow
