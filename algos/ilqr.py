@@ -74,7 +74,7 @@ class Args:
 
 RECOMMENDED = {  # by environment id: `--env-id` alone takes them, a flag wins
     "DoubleIntegrator-v0": dict(method="lqr", starts=1),
-    **{f"Inverted{x}Pendulum-v5": dict(starts=1, horizon=30) for x in ("", "Double")},
+    **{f"Inverted{x}Pendulum-v5": dict(starts=1, horizon=20) for x in ("", "Double")},
     "Reacher-v5": dict(starts=1, horizon=25),
 }
 STEP_SIZES = torch.tensor([2.0**-i for i in range(12)], dtype=torch.float64)  # α (A,)

@@ -69,7 +69,7 @@ class Args:
 
 
 RECOMMENDED = {  # by environment id: `--env-id` alone takes them, a flag wins
-    "FrozenLake-v1": dict(simulations=1000, c=1.0, rollout_depth=100, gamma=0.99, backup="bellman"),
+    "FrozenLake-v1": dict(simulations=500, c=1.0, rollout_depth=100, gamma=0.99, backup="bellman"),
 }
 
 

@@ -141,12 +141,11 @@ def locomotion(env: gym.Env, recorded: dict, actions: np.ndarray) -> tuple[np.nd
     rewards = env._forward_reward_weight * speed - env._ctrl_cost_weight * np.square(actions).sum(-1)
     if not hasattr(env, "_healthy_z_range"):
         return rewards, np.zeros(rewards.shape, bool)
-    parts = [(qpos[..., 1], env._healthy_z_range), (qpos[..., 2], env._healthy_angle_range)]
-    if hasattr(env, "_healthy_state_range"):
-        parts += [
-            (x, env._healthy_state_range) for x in (*np.moveaxis(qpos[..., 2:], -1, 0), *np.moveaxis(qvel, -1, 0))
-        ]
-    healthy = np.all([(low < x) & (x < high) for x, (low, high) in parts], 0)
+    state = np.concatenate([qpos[..., 2:], qvel], -1)
+    low, high = getattr(env, "_healthy_state_range", (-np.inf, np.inf))
+    healthy = ((low < state) & (state < high)).all(-1)
+    for x, (low, high) in ((qpos[..., 1], env._healthy_z_range), (qpos[..., 2], env._healthy_angle_range)):
+        healthy &= (low < x) & (x < high)
     return rewards + env._healthy_reward * healthy, ~healthy & env._terminate_when_unhealthy
 
 
@@ -191,10 +190,10 @@ class Normals:
 
     def sample(self, number: int, correlation: float, rng: np.random.Generator) -> np.ndarray:
         """Draws (number, H, m); noise is an autoregressive process over time, neighbours having that correlation."""
-        noise = rng.standard_normal((number, *self.mean.shape))
-        for t in range(1, len(self.mean)):
-            noise[:, t] = correlation * noise[:, t - 1] + math.sqrt(1 - correlation**2) * noise[:, t]
-        return self.mean + self.deviation * noise
+        noise = rng.standard_normal((len(self.mean), number, self.mean.shape[1]))
+        for t in range(1, len(noise) if correlation else 0):
+            noise[t] = correlation * noise[t - 1] + math.sqrt(1 - correlation**2) * noise[t]
+        return self.mean + self.deviation * noise.swapaxes(0, 1)
 
     def likeliest(self) -> np.ndarray:
         """A draw (H, m)."""
@@ -206,9 +205,10 @@ class Normals:
 
     def refitted(self, draws: np.ndarray, weights: np.ndarray, spread: bool) -> "Normals":
         """To draws (N, H, m) of weights (N,) that sum to 1; the deviations only where `spread`."""
-        mean = np.einsum("n,nhm->hm", weights, draws)
-        deviation = np.sqrt(np.einsum("n,nhm->hm", weights, (draws - mean) ** 2))
-        return Normals(self.space, mean, deviation if spread else self.deviation)
+        mean, deviation = np.einsum("n,nhm->hm", weights, draws), self.deviation
+        if spread:
+            deviation = np.sqrt(np.einsum("n,nhm->hm", weights, (draws - mean) ** 2))
+        return Normals(self.space, mean, deviation)
 
     def shifted(self, initial: "Normals", steps: int, min_noise: float) -> "Normals":
         """What is left after the first steps, and then the initial; no deviation is below that part of it."""
@@ -281,9 +281,7 @@ class SampledPlan(NamedTuple):
     kept: np.ndarray  # (--kept, H, …), the best draws, the one that is played first
 
 
-def make_plan(
-    simulate: Callable, distribution, kept: np.ndarray | None, iterations: int, args: Args, rng
-) -> SampledPlan:
+def make_plan(simulate: Callable, distribution, kept, iterations: int, args: Args, rng) -> SampledPlan:
     """Of simulate(actions (N, H, …)) → rewards (N, H): the best sequence that was simulated, or mppi's mean."""
     for _ in range(1 if args.planner == "random" else iterations):
         draws = distribution.sample(args.population, args.correlation, rng)
@@ -309,7 +307,7 @@ def make_plan(
 
 
 def play(args: Args) -> dict:
-    """Returns {"run_dir": Path, "returns", "promised": (eval_episodes,)}, the last of what was played of plans."""
+    """Returns {"run_dir", "returns", "promised" (eval_episodes,), "seconds" (plans,)}, promised of what was played."""
     check(args)
     if max(args.elites, args.kept) > args.population or args.replan_every > args.horizon:
         fail("--elites and --kept must be at most --population, and --replan-every at most --horizon")
@@ -319,7 +317,7 @@ def play(args: Args) -> dict:
         fail(f"actions of {args.env_id} are {space}: sequences are drawn of Discrete or one-dimensional Box ones")
     simulator, initial = make_simulator(env.unwrapped, args.population), initial_distribution(space, args)
     run_dir, writer = open_run(args)
-    rng, promised, seconds = np.random.default_rng(args.seed), [], []
+    rng, promised, seconds, steps = np.random.default_rng(args.seed), [], [], args.replan_every
 
     def planner(env: gym.Env) -> Iterator:
         simulate, distribution, kept = (lambda actions: simulator(env.unwrapped, actions, rng)), initial, None
@@ -330,19 +328,15 @@ def play(args: Args) -> dict:
             seconds.append(time.perf_counter() - start)
             writer.add_scalar("plans/promised_return", plan.rewards.sum(), len(seconds))
             writer.add_scalar("plans/seconds", seconds[-1], len(seconds))
-            for action, reward in zip(plan.actions[: args.replan_every], plan.rewards):
+            for action, reward in zip(plan.actions[:steps], plan.rewards):
                 promised[-1] += float(reward)
                 yield action
-            distribution = plan.distribution.shifted(initial, args.replan_every, args.min_noise)
-            kept = np.concatenate(
-                [plan.kept[:, args.replan_every :], plan.kept[:, -1:].repeat(args.replan_every, 1)], 1
-            )
+            distribution = plan.distribution.shifted(initial, steps, args.min_noise)
+            kept = np.concatenate([plan.kept[:, steps:], plan.kept[:, -1:].repeat(steps, 1)], 1)
 
     returns = play_planner(planner, env, args, run_dir, writer)
-    print(
-        f"promised: {np.mean(promised):.2f}; a plan took {1000 * np.median(seconds):.1f} ms (median of {len(seconds)})"
-    )
-    return {"run_dir": run_dir, "returns": returns, "promised": np.array(promised)}
+    print(f"promised: {np.mean(promised):.2f}; a plan took {1000 * np.median(seconds):.1f} ms (median)")
+    return {"run_dir": run_dir, "returns": returns, "promised": np.array(promised), "seconds": np.array(seconds)}
 
 
 # Plumbing: the same in every file ---------------------------------------------------------------------------

@@ -8,62 +8,20 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 import gymnasium as gym
 import mcts
 import numpy as np
 import pytest
 from gymnasium.spaces import Discrete
-from mcts import Args, Node, Simulator, key, play, simulate
+from mcts import Args, Node, Simulator, key, play
+from planning_errors import Layered, searched
 from scipy.stats import binom
 from stable_baselines3.common.monitor import load_results
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPT = Path(mcts.__file__)
 STATED = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "FrozenLake-v1", "Taxi-v4", "CliffWalking-v1"]
-
-
-class Layered(gym.Env):
-    """A random process of four steps, three states and two actions: what is observed is step · 3 + state.
-
-    Rewards are uniform in [0, 1], times `scale`. An episode can end before, with a probability of a tenth a step.
-    """
-
-    observation_space, action_space, steps = Discrete(12), Discrete(2, start=3), 4
-
-    def __init__(self, seed: int = 0, scale: float = 1.0):
-        rng = np.random.default_rng(seed)
-        self.p, self.rewards = rng.dirichlet(np.ones(3), (12, 2)), scale * rng.random((12, 2))
-        self.s = 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.s = 0
-        return self.s, {}
-
-    def step(self, action):
-        reward = self.rewards[self.s, action - 3]
-        state = int(self.np_random.choice(3, p=self.p[self.s, action - 3]))
-        ended = self.s // 3 == self.steps - 1 or self.np_random.random() < 0.1
-        self.s = 3 * min(self.s // 3 + 1, self.steps - 1) + state
-        return self.s, reward, bool(ended), False, {}
-
-    def q_values(self, gamma: float) -> np.ndarray:
-        """(12, 2), by exhaustive expectimax."""
-        q = np.zeros((12, 2))
-        for step in reversed(range(self.steps)):
-            for s in range(3 * step, 3 * step + 3):
-                after = q[3 * step + 3 : 3 * step + 6].max(1) if step < self.steps - 1 else np.zeros(3)
-                q[s] = self.rewards[s] + 0.9 * gamma * self.p[s] @ after
-        return q
-
-
-def searched(env: gym.Env, args: Args, seed: int = 0) -> tuple[Node, list[int]]:
-    """The root after --simulations from env's state, and the depths."""
-    simulator, dice = Simulator(env, seed), random.Random(seed)
-    root, state, nodes = Node(int(env.action_space.n)), simulator.state_of(env), WeakValueDictionary()
-    return root, [simulate(root, nodes, simulator, state, args, dice) for _ in range(args.simulations)]
 
 
 def below(root: Node) -> list[Node]:

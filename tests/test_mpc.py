@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
-import ilqr
 import mpc
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 from gymnasium.spaces import Box, Discrete
 from mpc import (
     Args,
@@ -27,6 +25,7 @@ from mpc import (
     mppi_weights,
     play,
 )
+from planning_errors import linear_quadratic
 from stable_baselines3.common.monitor import load_results
 from swing_up import best_return
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -219,24 +218,6 @@ def test_the_initial_distribution_is_around_the_middle():
 
 
 # Planners ---------------------------------------------------------------------------------------------------
-
-
-def linear_quadratic(horizon: int) -> tuple:
-    """ilqr.py's DoubleIntegrator from one state: simulate, and its optimal controls (H, 1)."""
-    env = gym.make("DoubleIntegrator-v0")
-    env.reset(seed=1)
-    problem, state = ilqr.DoubleIntegrator(env), env.unwrapped.state.copy()
-    exact = ilqr.optimise(problem, problem.state(), torch.zeros(1, horizon, 1).double(), ilqr.Args(method="lqr"))
-
-    def simulate(actions):
-        x, rewards = np.tile(state, (len(actions), 1)), []
-        for u in actions.swapaxes(0, 1):
-            both = np.concatenate([x, u], 1)
-            rewards.append(-0.5 * np.square(both).sum(1))
-            x = both @ env.unwrapped.F.T
-        return np.stack(rewards, 1)
-
-    return simulate, exact.u.numpy(), env
 
 
 @pytest.mark.parametrize("planner, close", [("random", 3.0), ("cem", 0.02), ("mppi", 0.2)])

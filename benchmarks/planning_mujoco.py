@@ -1,0 +1,204 @@
+"""algos/mpc.py through MuJoCo: the first 200 steps of an episode beside what SAC has learned in 100 000, and its speed.
+
+    python benchmarks/planning_mujoco.py      # two hours with SAC's runs on two cores; again after a kill: goes on
+
+- Each environment, planner and seed is a row of results/planning_mujoco.csv: mpc.py's run with its recommended
+  settings, on a machine that does nothing else, for a plan takes all cores; sac.py's is a run of 100 000 steps whose
+  deterministic policy then plays the same episode. SAC's runs stay in --output-dir; one that is there is taken.
+- Each environment and round is a row of results/planning_speed.csv: environment steps simulated per second by mpc.py's
+  simulator, by mujoco.rollout alone with as many threads and the same controls, and by stepping one environment in
+  Python, one after the other; and the seconds that copy.deepcopy takes of the environment's state.
+"""
+
+import copy
+import importlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import gymnasium as gym
+import mujoco.rollout
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from estimates import estimate, iqm, markdown, number
+from rows import measured_rows
+from run import RESULTS, ROOT, tree_sha256
+
+mpc = importlib.import_module("mpc")  # run.py has put algos/ on the path
+
+KEY, SPEED_KEY = ["env_id", "planner", "seed"], ["env_id", "round"]
+ENVS, SEEDS, ROUNDS, STEPS, SAC_STEPS = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"), 5, 7, 200, 100_000
+
+
+# Returns ----------------------------------------------------------------------------------------------------
+
+
+def planned(env_id: str, seed: int) -> dict:
+    """mpc.py's episode: return, length, and the median time of a plan in ms."""
+    args = replace(mpc.Args(), **mpc.RECOMMENDED[env_id], env_id=env_id, seed=seed)
+    assert (args.eval_episodes, args.max_episode_steps) == (1, STEPS)
+    with TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+            found = mpc.play(replace(args, output_dir=folder))
+        length = pd.read_csv(found["run_dir"] / "monitor.csv", skiprows=1)["l"].iloc[0]
+    return {"return": found["returns"][0], "length": length, "ms": 1000 * np.median(found["seconds"])}
+
+
+def learned(env_id: str, seed: int, runs: Path) -> dict:
+    """SAC's deterministic policy in the same episode, after SAC_STEPS of training."""
+    if not (policies := sorted(runs.glob(f"{env_id}__sac__{seed}__*/policy.pt2"))):
+        flags = f"--env-id {env_id} --seed {seed} --total-timesteps {SAC_STEPS} --output-dir {runs}"
+        subprocess.run([sys.executable, ROOT / "algos" / "sac.py", *flags.split()], check=True, capture_output=True)
+        policies = sorted(runs.glob(f"{env_id}__sac__{seed}__*/policy.pt2"))
+    policy, env = torch.export.load(policies[-1]).module(), gym.make(env_id, max_episode_steps=STEPS)
+    (obs, _), total, length, ended = env.reset(seed=seed + 1_000_000), 0.0, 0, False
+    while not ended:
+        with torch.no_grad():
+            action = policy(torch.as_tensor(obs)[None].float())[0]
+        obs, reward, terminated, truncated, _ = env.step(action.numpy())
+        total, length, ended = total + float(reward), length + 1, terminated or truncated
+    return {"return": total, "length": length, "ms": np.nan}
+
+
+def measure(env_id: str, planner: str, seed: int, runs: Path) -> dict:
+    """A row, with the hash of what planned."""
+    row = planned(env_id, seed) if planner == "mpc" else learned(env_id, seed, runs)
+    return row | {"code_sha256": code() if planner == "mpc" else ""}
+
+
+# Speed ------------------------------------------------------------------------------------------------------
+
+
+def rate(steps: int, work: Callable) -> float:
+    """Steps a second, work being done again and again for a second."""
+    work()
+    start, times = time.perf_counter(), 0
+    while time.perf_counter() - start < 1:
+        work()
+        times += 1
+    return times * steps / (time.perf_counter() - start)
+
+
+def speeds(env_id: str, round: int) -> dict:
+    """Environment steps a second, and seconds of a deepcopy."""
+    args = replace(mpc.Args(), **mpc.RECOMMENDED[env_id], env_id=env_id)
+    env, rng = gym.make(env_id).unwrapped, np.random.default_rng(round)
+    env.reset(seed=round)
+    simulate, initial = mpc.make_simulator(env, args.population), mpc.initial_distribution(env.action_space, args)
+    actions = initial.actions(initial.sample(args.population, args.correlation, rng))
+    data = [mujoco.MjData(env.model) for _ in range(os.cpu_count() or 1)]
+    state = np.empty(mujoco.mj_stateSize(env.model, mujoco.mjtState.mjSTATE_FULLPHYSICS.value))
+    mujoco.mj_getState(env.model, env.data, state, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+    states, controls = np.tile(state, (len(actions), 1)), np.repeat(actions, env.frame_skip, 1).astype(float)
+    one = gym.make(env_id).unwrapped
+
+    def step() -> None:
+        for sequence in actions[:4]:
+            one.reset(seed=round)
+            for action in sequence:
+                one.step(action)
+
+    found = {
+        "mpc": rate(actions[..., 0].size, lambda: simulate(env, actions, rng)),
+        "rollout": rate(
+            actions[..., 0].size,
+            lambda: mujoco.rollout.rollout(env.model, data, states, controls, persistent_pool=True),
+        ),
+        "python": rate(actions[:4, :, 0].size, step),
+        "deepcopy_seconds": 1 / rate(1, lambda: copy.deepcopy(env.__dict__)),
+    }
+    mujoco.rollout.shutdown_persistent_pool()
+    return found | {"cpus": os.cpu_count()}
+
+
+# The page ---------------------------------------------------------------------------------------------------
+
+
+def code() -> str:
+    """Of what plans and what is planned with."""
+    text = (ROOT / "algos" / "mpc.py").read_text(encoding="utf-8")
+    return tree_sha256(text, ("play", "Args", "make_simulator", "make_plan", "initial_distribution"))
+
+
+SECTION = """
+## Planning through MuJoCo
+
+The return of the first {steps} steps of an episode: [mpc.py](../algos/mpc.py), which has learned nothing and knows the
+simulator, beside the deterministic policy of [sac.py](../algos/sac.py) after {sac_steps} steps of training, IQM over
+seeds [95 % interval] ([planning_mujoco.py](planning_mujoco.py)); an episode that ends sooner is over. Then the
+environment steps that mpc.py simulates in a second, rewards and all, relative to `mujoco.rollout` alone and to stepping
+one environment in Python, and what `copy.deepcopy` of the environment for every candidate would take, in which mpc.py
+makes a whole plan (medians of {rounds} rounds, {cpus} threads).
+
+{table}
+
+{speed}
+"""
+
+
+def section(results: Path) -> str:
+    """Of the page, "" without planning_mujoco.csv and planning_speed.csv."""
+    paths = [results / f"planning_{x}.csv" for x in ("mujoco", "speed")]
+    if not all(path.exists() for path in paths):
+        return ""
+    rows, speed = (pd.read_csv(path) for path in paths)
+    cells, speed_cells = [], []
+    for env_id in [x for x in ENVS if x in set(rows["env_id"])]:
+        ours, sac = (rows[(rows["env_id"] == env_id) & (rows["planner"] == x)] for x in ("mpc", "sac"))
+        changed = "" if (ours["code_sha256"] == code()).all() else " †"
+        row = {"environment": env_id + changed, "mpc.py": estimate(iqm, ours["return"].to_numpy())}
+        row |= {"steps that it stood": lengths(ours), "ms a plan": number(ours["ms"].median(), 0)}
+        row |= {f"sac.py ({len(sac)} seeds)": estimate(iqm, sac["return"].to_numpy()), "its steps": lengths(sac)}
+        cells.append(row)
+    for env_id, mine in speed.groupby("env_id", sort=False):
+        args = mpc.RECOMMENDED[env_id]
+        copies = mine["deepcopy_seconds"].median() * args["population"] * args["iterations"]
+        speed_cells.append({"environment": env_id, "steps a second": f"{mine['mpc'].median():,.0f}".replace(",", " ")})
+        speed_cells[-1] |= {f"/ {y}": number((mine["mpc"] / mine[x]).median(), 2) for x, y in AGAINST.items()}
+        speed_cells[-1] |= {"deepcopies of a plan, ms": number(1000 * copies, 0)}
+    sizes = dict(steps=STEPS, sac_steps=f"{SAC_STEPS:,}".replace(",", " "), rounds=ROUNDS, cpus=speed["cpus"].max())
+    return SECTION.format(table=markdown(cells), speed=markdown(speed_cells), **sizes)
+
+
+def lengths(rows: pd.DataFrame) -> str:
+    """Of the episodes, shortest and longest."""
+    return " to ".join(map(str, sorted({rows["length"].min(), rows["length"].max()})))
+
+
+AGAINST = {"rollout": "mujoco.rollout", "python": "Python"}
+
+
+@dataclass
+class Args:
+    seeds: int = SEEDS
+    """seeds of each planner, from 1"""
+    planners: tuple[str, ...] = ("mpc", "sac")
+    """those that are measured"""
+    output_dir: Path = Path("runs")
+    """folder of SAC's runs"""
+    results: Path = RESULTS
+    """folder of planning_mujoco.csv and planning_speed.csv"""
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    cells = [*product(ENVS, args.planners, range(1, args.seeds + 1))]
+    work = partial(measure, runs=args.output_dir)
+    rows = measured_rows(args.results / "planning_mujoco.csv", KEY, cells, work, 1)
+    print(rows["return"].unstack("seed").round(1).to_string())
+    rows = measured_rows(args.results / "planning_speed.csv", SPEED_KEY, [*product(ENVS, range(ROUNDS))], speeds, 1)
+    print(rows.groupby("env_id")[["mpc", "rollout", "python", "deepcopy_seconds"]].median().round(4).to_string())
+
+
+if __name__ == "__main__":
+    main()
