@@ -307,7 +307,7 @@ def make_plan(simulate: Callable, distribution, kept, iterations: int, args: Arg
 
 
 def play(args: Args) -> dict:
-    """Returns {"run_dir", "returns", "promised" (eval_episodes,), "seconds" (plans,)}, promised of what was played."""
+    """Returns {"run_dir": Path, "returns", "promised": (eval_episodes,)}, the last of what was played of plans."""
     check(args)
     if max(args.elites, args.kept) > args.population or args.replan_every > args.horizon:
         fail("--elites and --kept must be at most --population, and --replan-every at most --horizon")
@@ -336,7 +336,7 @@ def play(args: Args) -> dict:
 
     returns = play_planner(planner, env, args, run_dir, writer)
     print(f"promised: {np.mean(promised):.2f}; a plan took {1000 * np.median(seconds):.1f} ms (median)")
-    return {"run_dir": run_dir, "returns": returns, "promised": np.array(promised), "seconds": np.array(seconds)}
+    return {"run_dir": run_dir, "returns": returns, "promised": np.array(promised)}
 
 
 # Plumbing: the same in every file ---------------------------------------------------------------------------

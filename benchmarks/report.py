@@ -17,6 +17,7 @@ import deep_sea
 import numpy as np
 import pandas as pd
 import planning_errors
+import planning_mujoco
 import random_walk
 import trajectories
 import tyro
@@ -1152,7 +1153,7 @@ def compounding(results: Path) -> str:
 
 ELSE = ["throughput.py", "throughput.py --device cuda  # on a GPU", "breakdown.py", "growth.py"]
 ELSE += [f"{name}.py --workers 2" for name in ("compounding_error", "steps_to_solve", "deep_sea", "random_walk")]
-ELSE += ["trajectories.py", "planning_errors.py --workers 2"]
+ELSE += ["trajectories.py", "planning_errors.py --workers 2", "planning_mujoco.py"]
 """commands that measure what no suite does"""
 
 
@@ -1248,7 +1249,7 @@ def main() -> None:
         rows = efficiency_rows(runs, args.results)
         page += EFFICIENT.format(table=markdown(rows)) if rows else ""
         page += deep_sea.section(args.results) + random_walk.section(args.results) + trajectories.section(args.results)
-        page += planning_errors.section(args.results)
+        page += planning_errors.section(args.results) + planning_mujoco.section(args.results)
         page += solving(args.results) + compounding(args.results)
         page += speed_sections(args.results, runs, args.results.parent.parent / "README.md" if ours else None)
     where = "" if ours else f" --results {args.results}"

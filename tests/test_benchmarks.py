@@ -18,6 +18,8 @@ import deep_sea
 import gymnasium as gym
 import numpy as np
 import pandas as pd
+import planning_errors
+import planning_mujoco
 import ppo
 import ppo_atari
 import pytest
@@ -983,6 +985,45 @@ def test_the_error_of_values_on_the_random_walk(tmp_path, monkeypatch):
     pd.DataFrame(rows, index=index).to_csv(tmp_path / "random_walk.csv")
     assert f"| 0.8 | 0.05 | {rows[1]['error']:.3f} |" in random_walk.section(tmp_path)
     assert (tmp_path.parent / "plots" / "random_walk.png").exists()
+
+
+def test_the_errors_of_plans(tmp_path, monkeypatch):
+    """More candidates, or simulations, err less; measured, drawn, and marked where the script has changed since."""
+    for name, value in dict(SEEDS=4, PROCESSES=2, ITERATIONS=3).items():
+        monkeypatch.setattr(planning_errors, name, value)
+    keys = [(name, n) for name in (*planning_errors.SAMPLING, *planning_errors.SEARCH) for n in (10, 200)]
+    rows = pd.DataFrame([planning_errors.measure(*key) for key in keys])
+    assert (rows["error"][1::2].to_numpy() < rows["error"][::2].to_numpy()).all()
+    table = rows.set_index(pd.MultiIndex.from_tuples(keys, names=planning_errors.KEY))
+    table.to_csv(tmp_path / "planning_errors.csv")
+    text, slope = planning_errors.section(tmp_path), np.log(rows["error"][5] / rows["error"][4]) / np.log(20)
+    assert f"| CEM | {rows['error'][4]:.2g} | {rows['error'][5]:.2g} | −{-slope:.2f} |" in text and "†" not in text
+    assert (tmp_path.parent / "plots" / "planning_errors.png").exists()
+    table.assign(code_sha256="older").to_csv(tmp_path / "planning_errors.csv")
+    assert "| CEM † |" in planning_errors.section(tmp_path)
+
+
+def test_planning_through_mujoco_beside_what_was_learned(tmp_path, monkeypatch):
+    """One episode of either, SAC's policy being trained once; then the speeds."""
+    small = dict(horizon=5, population=10, elites=3, kept=1, iterations=1, first_iterations=1, eval_episodes=1)
+    monkeypatch.setitem(planning_mujoco.mpc.RECOMMENDED, "Hopper-v5", small | dict(max_episode_steps=200))
+    for name, value in dict(SAC_STEPS=150, SECONDS=0.01).items():
+        monkeypatch.setattr(planning_mujoco, name, value)
+    run, runs = planning_mujoco.subprocess.run, []
+    train = lambda line, **kwargs: runs.append(run([*line, "--learning-starts", "100"], **kwargs))  # noqa: E731
+    monkeypatch.setattr(planning_mujoco.subprocess, "run", train)
+    keys = [("Hopper-v5", planner, 1) for planner in ("mpc", "sac", "sac")]
+    rows = [planning_mujoco.measure(*key, runs=tmp_path / "runs") for key in keys]
+    assert len(runs) == 1 and rows[1]["return"] == rows[2]["return"]
+    assert all(0 < row["length"] <= 200 and row["return"] > 0 for row in rows)
+    index = pd.MultiIndex.from_tuples(keys[:2], names=planning_mujoco.KEY)
+    pd.DataFrame(rows[:2], index=index).to_csv(tmp_path / "planning_mujoco.csv")
+    assert planning_mujoco.section(tmp_path) == "", "without speeds"
+    speeds = planning_mujoco.speeds("Hopper-v5", 0)
+    index = pd.MultiIndex.from_tuples([("Hopper-v5", 0)], names=planning_mujoco.SPEED_KEY)
+    pd.DataFrame([speeds], index=index).to_csv(tmp_path / "planning_speed.csv")
+    text = planning_mujoco.section(tmp_path)
+    assert f"| Hopper-v5 | {rows[0]['return']:.1f} | " in text and f"| {speeds['mpc'] / speeds['python']:.2f} |" in text
 
 
 def test_the_costs_of_five_methods_over_iterations(tmp_path, monkeypatch):

@@ -194,6 +194,19 @@ def test_the_simulator_is_the_environment(env_id):
     assert ends > 0 or env_id not in ("CartPole-v1", "FrozenLake-v1")
 
 
+def test_a_fickle_passenger_changes_his_mind_in_every_simulation():
+    """That he has not yet done so is part of Taxi's state, and none of what is observed."""
+    env = gym.make("Taxi-v4", fickle_passenger=True).unwrapped
+    env.reset(seed=0)
+    env.s, env.fickle_step = env.encode(2, 2, 4, 0), True
+    simulator = Simulator(env, 0)
+    for _ in range(2):
+        simulator.put(simulator.state_of(env))
+        assert simulator.env.fickle_step
+        simulator.env.step(0)
+        assert not simulator.env.fickle_step and env.fickle_step
+
+
 @pytest.mark.parametrize("env_id", [*STATED, "Blackjack-v1"])
 def test_searching_leaves_the_environment_as_it_is(env_id):
     """Its dice included: what it does next is what it would have done."""
