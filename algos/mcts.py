@@ -87,7 +87,6 @@ class Simulator:
         elif type(env).__module__.startswith("gymnasium.envs.classic_control"):
             self.fields = [name for name in ("state", "steps_beyond_terminated") if hasattr(env, name)]
         self.env.__dict__, self.dice = dict(env.__dict__), np.random.default_rng(seed)
-        self.put(self.state_of(env))
 
     def state_of(self, env: gym.Env) -> dict:
         """What to put the simulator into."""
@@ -106,9 +105,9 @@ class Node:
 
     __slots__ = ("__weakref__", "counts", "high", "low", "outcomes", "rewards", "totals", "value", "visits")
 
-    def __init__(self, actions: int, value: float = 0.0):
+    def __init__(self, actions: int):
         self.visits, self.low, self.high = 0, math.inf, -math.inf
-        self.value = value  # a rollout's return at first, then the greatest Q(a) / N(a)
+        self.value = 0.0  # a rollout's return at first, then the greatest Q(a) / N(a)
         self.counts, self.totals, self.rewards = [0] * actions, [0.0] * actions, [0.0] * actions  # N(a), Q(a), Σ r
         self.outcomes = [Counter() for _ in range(actions)]  # Node → how often it was met
 
@@ -159,11 +158,12 @@ def simulate(root: Node, nodes: WeakValueDictionary, simulator: Simulator, state
     if node is not None:
         value = node.value  # as deep as a rollout: around a circle, for instance
     elif not terminated:
-        while not terminated and steps < args.rollout_depth:
-            _, reward, terminated, _, _ = step(first + int(dice.random() * actions))
-            value, discount, steps = value + discount * reward, discount * args.gamma, steps + 1
-        leaf = nodes[key(obs)] = Node(actions, value)
+        leaf = nodes[key(obs)] = Node(actions)
         path[-1] = (*path[-1][:3], leaf)
+        while not terminated and steps < args.rollout_depth:
+            obs, reward, terminated, _, _ = step(first + int(dice.random() * actions))
+            value, discount, steps = value + discount * reward, discount * args.gamma, steps + 1
+        leaf.value = value
     for node, action, reward, outcome in reversed(path):
         value = reward + args.gamma * value
         node.add(action, reward, outcome, value, args)

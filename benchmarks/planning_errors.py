@@ -139,7 +139,8 @@ SECTION = """
 
 Left, [mpc.py](../algos/mpc.py) on ten steps of a linear system with a quadratic cost: the distance of its controls to
 LQR's, over the candidates of an iteration ({iterations} iterations of CEM and MPPI), mean of {seeds} seeds. Shooting at
-random needs ever more for ever less; CEM narrows to the optimum; MPPI stays where its noise and temperature hold it.
+random needs ever more for ever less; CEM narrows to the optimum, which float32 rounds, unless it has so few candidates
+that it narrows to another place; MPPI stays where its noise and temperature hold it.
 Right, [mcts.py](../algos/mcts.py) in {processes} small random processes: the error of the root's value against
 exhaustive expectimax, over simulations, mean of {searches} searches. Means of returns keep what exploring has cost;
 Bellman backups forget it ([planning_errors.py](planning_errors.py)).
@@ -160,7 +161,9 @@ def section(results: Path) -> str:
     for axes, names in zip(both, (SAMPLING, SEARCH)):
         for name, label in names.items():
             mine = rows[rows["planner"] == name].sort_values("budget")
-            axes.errorbar(mine["budget"], mine["error"], 1.96 * mine["deviation"], marker=".", capsize=2, label=label)
+            bars = 1.96 * mine["deviation"]
+            bars = [bars.clip(upper=0.9 * mine["error"]), bars]  # a logarithmic axis has no 0
+            axes.errorbar(mine["budget"], mine["error"], bars, marker=".", capsize=2, label=label)
             changed = "" if (mine["code_sha256"] == code(name)).all() else " †"
             of = {f"{row.budget:,}".replace(",", " "): f"{row.error:.2g}" for row in mine.itertuples()}
             cells.append({"error": label + changed} | of | {"exponent": number(rate(mine), 2)})

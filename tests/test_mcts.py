@@ -55,7 +55,8 @@ def test_visits_and_values_add_up():
 
 def test_bellman_backups_are_the_outcomes_values():
     """Q(a) / N(a) is the mean reward and γ times the mean of the values of the outcomes met, an end's being 0."""
-    node, near, far, args = Node(2), Node(2, 3.0), Node(2, 8.0), Args(gamma=0.5, backup="bellman")
+    node, near, far, args = Node(2), Node(2), Node(2), Args(gamma=0.5, backup="bellman")
+    near.value, far.value = 3.0, 8.0
     for outcome, reward in ((near, 1.0), (far, 2.0), (None, 6.0), (near, 1.0)):
         node.add(1, reward, outcome, 100.0, args)
     assert node.counts == [0, 4] and node.value == node.totals[1] / 4 == (10 + 0.5 * (3 + 8 + 3)) / 4
