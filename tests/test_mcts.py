@@ -182,12 +182,12 @@ def test_the_simulator_is_the_environment(env_id):
     assert bool(simulator.fields) == (env_id in STATED)
     for t in range(200 if env_id in STATED else 30):
         state, action = simulator.state_of(env), env.action_space.sample()
+        real = env.step(action)
         for _ in range(2):
             simulator.put(state)
             simulated = simulator.env.step(action)
             for _ in range(t % 5):
                 simulator.env.step(env.action_space.sample())
-        real = env.step(action)
         assert np.array_equal(simulated[0], real[0]) and simulated[1:4] == real[1:4]
         if real[2]:
             ends += 1
