@@ -126,14 +126,18 @@ def test_the_score_is_its_formula():
 
 
 def test_what_was_never_tried_goes_first_and_equals_are_drawn():
+    """Of 0.1 three times the mean is not quite 0.1: where all were equal, the bonus decides, and no rounding."""
     node, dice = Node(4), random.Random(0)
-    node.add(1, 0.0, None, 5.0, Args())
+    node.add(1, 0.0, None, 0.1, Args())
     assert {node.select(0.2, dice) for _ in range(100)} == {0, 2, 3}
-    for action in (0, 2, 3):
-        node.add(action, 0.0, None, 5.0, Args())
-    assert {node.select(0.2, dice) for _ in range(100)} == {0, 1, 2, 3}, "where all were equal, the bonus decides"
-    node.add(0, 0.0, None, 5.0, Args())
-    assert {node.select(0.2, dice) for _ in range(100)} == {1, 2, 3}
+    for action in (0, 0, 0, 1, 1, 2, 3):
+        node.add(action, 0.0, None, 0.1, Args())
+    assert {node.select(1e-300, dice) for _ in range(100)} == {2, 3}
+    for action in (2, 2, 3, 3):
+        node.add(action, 0.0, None, 0.1, Args())
+    assert {node.select(1e-300, dice) for _ in range(100)} == {0, 1, 2, 3}
+    node.add(0, 0.0, None, 0.1, Args())
+    assert {node.select(1e-300, dice) for _ in range(100)} == {1, 2, 3}
 
 
 def test_the_scale_of_rewards_does_not_matter():
