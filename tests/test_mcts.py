@@ -16,7 +16,7 @@ import pytest
 from gymnasium.spaces import Discrete
 from mcts import Args, Node, Simulator, key, play
 from planning_errors import Layered, searched
-from scipy.stats import binom
+from scipy.stats import binom, chisquare
 from stable_baselines3.common.monitor import load_results
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -65,6 +65,30 @@ def test_bellman_backups_are_the_outcomes_values():
     far.add(0, 80.0, None, 80.0, args)
     node.add(1, 2.0, far, 80.0, args)
     assert node.value == (12 + 0.5 * (3 + 80 + 3 + 80)) / 5, "as they are now"
+
+
+@pytest.mark.parametrize("backup", ["mean", "bellman"])
+def test_a_leaf_is_worth_its_rollout_of_random_actions(backup):
+    """Three steps, each paid by its action 0, 1 or 2: the first is the tree's, the others are the rollout's."""
+
+    class Paid(gym.Env):
+        observation_space, action_space, actions = Discrete(4), Discrete(3), ()
+
+        def step(self, action):
+            self.actions = (*self.actions, action)
+            return len(self.actions), float(action), len(self.actions) == 3, False, {}
+
+    rollouts, args = [], Args(simulations=1, gamma=0.5, backup=backup)
+    for seed in range(300):
+        root, _ = searched(env := Paid(), args, seed)
+        assert env.actions == (), "it is the simulator that plays"
+        action = root.counts.index(1)
+        (leaf,) = root.outcomes[action]
+        assert root.value == action + 0.5 * leaf.value and leaf.visits == 0
+        rollouts.append(leaf.value)
+    values, counts = np.unique(rollouts, return_counts=True)
+    assert values.tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3], "a + b / 2"
+    assert chisquare(counts, 300 * np.array([1, 1, 2, 1, 2, 1, 1]) / 9).pvalue > 1e-3
 
 
 def test_a_circle_ends():
