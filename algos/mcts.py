@@ -18,7 +18,7 @@ action that was tried most is played. Details that matter:
 - The simulator is put into a state by setting it, in toy text and classic control; any other environment is copied.
 
     python algos/mcts.py                                         # CartPole-v1: 500
-    python algos/mcts.py --simulations 10 --rollout-depth 10     # with a fiftieth of the search
+    python algos/mcts.py --env-id FrozenLake-v1                  # chance, and a reward far off
 """
 
 import copy
@@ -59,8 +59,8 @@ class Args:
     env_id: str = "CartPole-v1"  # gymnasium environment with Discrete actions
     seed: Seed = 1  # of the episodes' starts and of the search
     simulations: Count = 100  # per step of the environment
-    c: Positive = 0.2  # C of the score
-    rollout_depth: Steps = 50  # steps of a rollout, at most
+    c: Positive = 1.0  # C of the score
+    rollout_depth: Steps = 20  # steps of a rollout, at most
     backup: Literal["mean", "bellman"] = "mean"  # of the returns, or from the outcomes' values
     gamma: Fraction = 1.0  # discount γ
     eval_episodes: Count = 3  # episodes that are played
@@ -69,7 +69,7 @@ class Args:
 
 
 RECOMMENDED = {  # by environment id: `--env-id` alone takes them, a flag wins
-    "FrozenLake-v1": dict(simulations=500, c=1.0, rollout_depth=100, gamma=0.99, backup="bellman"),
+    "FrozenLake-v1": dict(simulations=500, rollout_depth=100, gamma=0.99, backup="bellman"),
 }
 
 

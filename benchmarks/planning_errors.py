@@ -107,7 +107,7 @@ def distances(planner: str, population: int) -> list[float]:
 
 def errors(backup: str, simulations: int) -> list[float]:
     """|value − exact| at the root, of each process and seed."""
-    args, found = mcts.Args(backup=backup, simulations=simulations, rollout_depth=4), []
+    args, found = mcts.Args(backup=backup, simulations=simulations, rollout_depth=4, c=0.2), []
     for process in range(PROCESSES):
         env = Layered(process)
         exact = env.q_values(args.gamma)[0].max()
