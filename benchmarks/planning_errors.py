@@ -1,6 +1,6 @@
 """How far plans are from exact ones, over what they may try: mpc.py over candidates, mcts.py over simulations.
 
-    python benchmarks/planning_errors.py --workers 2      # a quarter of an hour; again after a kill: goes on
+    python benchmarks/planning_errors.py --workers 2      # ten minutes of one core; again after a kill: goes on
 
 - mpc.py plans ten steps of ilqr.py's DoubleIntegrator, from one state: the distance |A − A*| of the controls to LQR's.
 - mcts.py plans in ten random processes of four steps, three states and two actions, a step ending with a probability of

@@ -1,6 +1,6 @@
 """algos/mpc.py through MuJoCo: the first 200 steps of an episode beside what SAC has learned in 100 000, and its speed.
 
-    python benchmarks/planning_mujoco.py      # two hours with SAC's runs on two cores; again after a kill: goes on
+    python benchmarks/planning_mujoco.py      # four hours of one core, most of them SAC's; again after a kill: goes on
 
 - Each environment, planner and seed is a row of results/planning_mujoco.csv: mpc.py's run with its recommended
   settings; sac.py's is a run of 100 000 steps whose deterministic policy then plays the same episode. SAC's runs stay
