@@ -80,6 +80,7 @@ class Args:
 FAST = dict(horizon=25, population=200, elites=20, iterations=3, noise=0.5, min_noise=0.3, correlation=0.5)
 FAST |= dict(first_iterations=10, eval_episodes=1)
 RECOMMENDED = {  # by environment id: `--env-id` alone takes them, a flag wins
+    "Pendulum-v1": dict(elites=50),
     "CartPole-v1": FAST | dict(horizon=60, population=100, elites=10, iterations=2, min_noise=0.5, eval_episodes=3),
     "HalfCheetah-v5": FAST | dict(max_episode_steps=200),
     "Hopper-v5": FAST | dict(max_episode_steps=200, horizon=40, population=100, elites=10, iterations=2),

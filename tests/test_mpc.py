@@ -389,7 +389,7 @@ def test_other_action_spaces_are_refused(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_swing_ups_are_within_4_of_dynamic_programming(tmp_path):
-    result = play(Args(output_dir=str(tmp_path)))
+    result = play(replace(Args(), **mpc.RECOMMENDED["Pendulum-v1"], output_dir=str(tmp_path)))
     best = np.array([best_return(1_000_001 + i) for i in range(10)])
     print((result["returns"] - best).round(2).tolist())
     assert (result["returns"] >= best - 4).all()
