@@ -176,6 +176,20 @@ def test_lqr_plays_a_linear_problem_at_once_and_exactly(tmp_path):
     assert results[0]["returns"] == pytest.approx(results[1]["returns"], rel=1e-5)
 
 
+def test_the_line_search_plays_every_step_size():
+    """û + α k + K (x − x̂): at the first step, where x is x̂, by hand; further on, with what was played."""
+    env = gym.make("DoubleIntegrator-v0")
+    env.reset(seed=1)
+    problem, generator = ilqr.DoubleIntegrator(env), torch.Generator().manual_seed(0)
+    k, K = (torch.randn(shape, generator=generator).double() for shape in ((1, 3, 1), (1, 3, 1, 2)))
+    x = problem.state().expand(1, 4, 2)
+    xs, us, _ = ilqr.forward(problem, x, 0 * k, K, k, ilqr.STEP_SIZES)
+    for size, played, controls in zip(ilqr.STEP_SIZES, xs[:, 0], us[:, 0]):
+        for t in range(3):
+            expected = size * k[0, t] + K[0, t] @ (played[t] - x[0, t])
+            assert controls[t].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
 # Bounds -----------------------------------------------------------------------------------------------------
 
 

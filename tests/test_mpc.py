@@ -190,7 +190,7 @@ def test_cem_refits_to_the_elites():
 
 
 def test_mppi_weighs_by_the_exponential_of_the_return():
-    returns = np.array([1000.0, 1001.0, 998.0])
+    returns = 1e6 + np.array([0.0, 1.0, -2.0])
     expected = np.exp([0.0, 0.5, -1.0])
     assert mppi_weights(returns, 2.0) == pytest.approx(expected / expected.sum())
     assert mppi_weights(np.array([0.0, -math.inf]), 1.0).tolist() == [1, 0]
@@ -283,6 +283,7 @@ def test_mppi_moves_its_mean_by_the_weights():
     draws = initial.sample(50, 0.4, rng(4))
     weights = mppi_weights(simulate(draws.astype(np.float32)).sum(1), 0.3)
     assert plan.actions == pytest.approx(np.einsum("n,nhm->hm", weights, draws), abs=1e-6)
+    assert np.array_equal(plan.distribution.deviation, initial.deviation)
 
 
 def test_returns_that_are_not_numbers_are_never_best():
