@@ -190,6 +190,15 @@ def test_the_line_search_plays_every_step_size():
             assert controls[t].item() == pytest.approx(expected.item(), rel=1e-12)
 
 
+def test_lqr_takes_its_one_step_whole():
+    """Also where that is worse than none, as here: it is exact where the problem is what it takes it for, or not."""
+    env = gym.make("InvertedDoublePendulum-v5")
+    env.reset(seed=1_000_001)
+    problem = ilqr.PROBLEMS["InvertedDoublePendulum-v5"](env)
+    plan = optimise(problem, problem.state(), torch.zeros(1, 20, 1).double(), Args(method="lqr"))
+    assert len(plan.costs) == 2 and plan.costs[1] > plan.costs[0]
+
+
 # Bounds -----------------------------------------------------------------------------------------------------
 
 
