@@ -35,6 +35,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 SCRIPT = Path(ilqr.__file__)
+ONE = ilqr.STEP_SIZES[:1]
 MUJOCO = ["InvertedPendulum-v5", "InvertedDoublePendulum-v5", "Reacher-v5"]
 
 
@@ -188,6 +189,38 @@ def test_the_line_search_plays_every_step_size():
         for t in range(3):
             expected = size * k[0, t] + K[0, t] @ (played[t] - x[0, t])
             assert controls[t].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_regularised_steps_lower_a_quadratic_cost_by_their_gain():
+    """With μ, too: V and v are of the feedback that is played, not of the best one."""
+    env = gym.make("DoubleIntegrator-v0")
+    env.reset(seed=1)
+    problem, free = ilqr.DoubleIntegrator(env), torch.full((1, 12, 1), math.inf).double()
+    u = torch.randn(1, 12, 1, generator=torch.Generator().manual_seed(0)).double()
+    start = problem.state().expand(1, 13, 2)
+    x, u, before = (y[0] for y in ilqr.forward(problem, start, u, torch.zeros(1, 12, 1, 2).double(), 0 * u, ONE))
+    e = ilqr.expand(problem, x, u, False)
+    K, k, gain = ilqr.backward(e, -free, free, torch.tensor([2.0]).double(), "ilqr")
+    after = ilqr.forward(problem, x, u, K, k, ONE)[2][0]
+    assert (before - after).item() == pytest.approx(gain.item(), rel=1e-9) and gain > 0.1
+
+
+def test_newton_steps_along_the_linear_dynamics():
+    """What `optimise` plays of --method newton is û + α times the dense step, without feedback."""
+    env = gym.make("Pendulum-v1")
+    env.reset(seed=1)
+    problem, start = ilqr.Pendulum(env), torch.tensor([0.05, 0.0]).double()
+    guess, method = torch.full((1, 8, 1), 0.1).double(), "newton"
+    x, u, _ = (
+        y[0]
+        for y in ilqr.forward(problem, start.expand(1, 9, 2), guess, torch.zeros(1, 8, 1, 2).double(), 0 * guess, ONE)
+    )
+    e = ilqr.expand(problem, x, u, True)
+    K, k, _ = ilqr.backward(e, problem.low - u, problem.high - u, torch.zeros(1).double(), method)
+    step = ilqr.linear_step(e.F, K, k)
+    tried = [(u + size * step).clamp(problem.low, problem.high)[0] for size in ilqr.STEP_SIZES]
+    plan = optimise(problem, start, guess, Args(method=method, iterations=1))
+    assert plan.costs[1] < plan.costs[0] and any(torch.allclose(plan.u, y, rtol=1e-9, atol=0) for y in tried)
 
 
 def test_lqr_takes_its_one_step_whole():
